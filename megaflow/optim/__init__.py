@@ -1,0 +1,1 @@
+"""AdamW over flat buffers and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""The training loop: `loop.py` runs, `step.py` is one optimizer step, `metrics.py` and `evaluate.py` say how it goes."""
