@@ -1,0 +1,164 @@
+"""What a rank holds of a global tensor, and the plans by which torch DCP saves and loads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+if TYPE_CHECKING:
+    from megaflow.model.placement import Piece
+
+
+@dataclass
+class Shards:
+    """A named global tensor and the rectangles of it that this rank holds.
+
+    Each block is (offset of the rectangle in the global tensor, a view of the storage that holds it): saving reads
+    the views, loading writes through them. Blocks of one rank must not overlap; ranks may hold equal blocks
+    (replicas), which are saved once. Empty blocks are dropped.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.global_shape = tuple(self.global_shape)
+        self.blocks = [(tuple(offset), block.detach()) for offset, block in self.blocks if block.numel()]
+
+    @classmethod
+    def whole(cls, name: str, tensor: torch.Tensor) -> Shards:
+        """A tensor held whole, alike on every rank that names it."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, [((0,) * tensor.dim(), tensor)])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole global tensor in bytes."""
+        return prod(self.global_shape) * self.dtype.itemsize
+
+    def block(self, index: MetadataIndex) -> torch.Tensor:
+        """The view that starts at the index's global offset; KeyError when this rank holds none there."""
+        for offset, block in self.blocks:
+            if torch.Size(offset) == index.offset:
+                return block
+        raise KeyError(f"{self.name}: no block at {index.offset}")
+
+    # The names below are the protocol torch.distributed.checkpoint looks for on values of a state dict.
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk,
+                    properties=TensorProperties(dtype=self.dtype),
+                    size=torch.Size(self.global_shape),
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offset), block.shape) for offset, block in self.blocks]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.block(index)
+
+
+def shards_of(
+    placement: Mapping[str, Sequence[Piece]], tensors: Mapping[str, torch.Tensor], group: str
+) -> dict[str, Shards]:
+    """Cut local tensors, keyed by parameter name, into the canonical tensors that a placement names.
+
+    The tensors may be the parameters or anything of their shapes (master weights, moments); `group` says which, and
+    `<group>/<canonical name>` is the key in the checkpoint.
+    """
+    shards: dict[str, Shards] = {}
+    for parameter, tensor in tensors.items():
+        for piece in placement[parameter]:
+            key = f"{group}/{piece.name}"
+            shard = shards.setdefault(key, Shards(key, piece.global_shape, tensor.dtype))
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.local_offset, piece.shape, strict=True))
+            view = tensor.detach()[cut]
+            if view.numel():
+                shard.blocks.append((tuple(piece.global_offset), view))
+    return shards
+
+
+class ShardsSavePlanner(DefaultSavePlanner):
+    """Plans a save of `Shards`: each replicated block is written by the rank that has least to write."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = state_dict
+        self.is_coordinator = is_coordinator
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return super().create_global_plan(balance(all_plans))
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].block(index)
+
+
+class ShardsLoadPlanner(DefaultLoadPlanner):
+    """Plans a load into `Shards`; torch's own planner replaces values it does not know by None."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].block(index)
+
+
+def block_bytes(item: WriteItem) -> int:
+    """Bytes of the block a write item stands for."""
+    assert item.tensor_data is not None
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def balance(plans: list[SavePlan]) -> list[SavePlan]:
+    """Give every block to one of its holders, the largest block first, each to the holder with the least so far.
+
+    torch's own choice weighs a block by its whole tensor and takes blocks in order of appearance, which leaves the
+    output head, the last and largest, to a rank that already has its share.
+    """
+    holders: dict[MetadataIndex, list[int]] = {}
+    items: dict[MetadataIndex, WriteItem] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            holders.setdefault(item.index, []).append(rank)
+            items[item.index] = item
+    load = [0] * len(plans)
+    chosen: list[list[WriteItem]] = [[] for _ in plans]
+    for index, item in sorted(items.items(), key=lambda pair: -block_bytes(pair[1])):
+        rank = min(holders[index], key=lambda r: load[r])
+        load[rank] += block_bytes(item)
+        chosen[rank].append(item)
+    return [dataclasses.replace(plan, items=kept) for plan, kept in zip(plans, chosen, strict=True)]
