@@ -1,0 +1,94 @@
+"""Cross-entropy over a vocabulary that may be cut into shards, one per rank of a process group.
+
+Every rank reduces its shard of a row to three numbers (maximum, sum of exponentials, logit of the label); one
+all-gather of them gives the loss, and the gathered logits never exist (Shoeybi et al., 2019, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaflow.kernels.backend import Backend
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
+
+
+def reference(
+    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Loss of every token, fp32 `[T]`, 0 where the label is -100.
+
+    logits: `[T, V_local]`, the columns `vocab_start ...` of the whole vocabulary; columns from `valid_vocab` on are
+    padding and take no part. labels: `[T]`, ids of the whole vocabulary. group: the ranks that hold the other
+    columns, in the order of the vocabulary; None where this rank has all of them.
+    """
+    return _CrossEntropy.apply(logits, labels, vocab_start, valid_vocab, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_start: int,
+        valid_vocab: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        width = min(max(valid_vocab - vocab_start, 0), logits.shape[1])
+        column = labels - vocab_start
+        here = (column >= 0) & (column < width)
+        column = torch.where(here, column, 0)
+        maximum, total, target = _merge(_shard_statistics(logits[:, :width], column, here), group)
+        logsumexp = maximum + total.log()
+        ctx.save_for_backward(logits, logsumexp, column, here, labels != IGNORED)
+        ctx.width = width
+        return torch.where(labels != IGNORED, logsumexp - target, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, logsumexp, column, here, counted = ctx.saved_tensors
+        grad_loss = torch.where(counted, grads[0], 0.0)[:, None]
+        wide = logits[:, : ctx.width].float()
+        probability = (wide - logsumexp[:, None]).exp_() if wide.numel() else wide
+        if wide.numel():
+            probability.scatter_add_(1, column[:, None], -here[:, None].to(probability.dtype))
+        probability *= grad_loss
+        if ctx.width == logits.shape[1]:
+            return probability.to(logits.dtype), None, None, None, None
+        grad_logits = torch.zeros_like(logits)
+        grad_logits[:, : ctx.width] = probability
+        return grad_logits, None, None, None, None
+
+
+def _shard_statistics(logits: Tensor, column: Tensor, here: Tensor) -> Tensor:
+    """Maximum, sum of exponentials above it and logit of the label (0 where another shard has it), `[3, T]`."""
+    if logits.shape[1] == 0:
+        empty = logits.new_zeros(3, logits.shape[0], dtype=torch.float32)
+        empty[0] = float("-inf")
+        return empty
+    wide = logits.float()
+    maximum = wide.amax(1)
+    total = (wide - maximum[:, None]).exp_().sum(1)
+    target = torch.where(here, wide.gather(1, column[:, None])[:, 0], 0.0)
+    return torch.stack((maximum, total, target))
+
+
+def _merge(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of whole rows from those of all shards."""
+    if group is None:
+        maximum, total, target = statistics
+        return maximum, total, target
+    shards = [torch.empty_like(statistics) for _ in range(group.size())]
+    dist.all_gather(shards, statistics, group=group)
+    maxima, totals, targets = torch.stack(shards, dim=1)
+    maximum = maxima.amax(0)
+    return maximum, (totals * (maxima - maximum).exp()).sum(0), targets.sum(0)
+
+
+BACKENDS = (Backend("reference", reference),)

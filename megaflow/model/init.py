@@ -1,0 +1,109 @@
+"""Initial weights: random, or from a Hugging Face LLaMA checkpoint. Equal in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaflow.errors import UserError
+from megaflow.model.llama import Llama
+from megaflow.model.placement import placement
+
+RESIDUAL_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+@torch.no_grad()
+def initialise(model: Llama, seed: int) -> None:
+    """Fill the model with normal weights of `init_std`, and ones in the norms.
+
+    The projections into the residual stream get `init_std / sqrt(2 * num_layers)` (Radford et al., 2019). Every
+    canonical tensor is drawn whole on the CPU from its own generator, so that every layout and device starts alike.
+    """
+    config = model.config
+    parameters = dict(model.named_parameters())
+    for parameter, pieces in placement(config, model.ctx).items():
+        for piece in pieces:
+            target = parameters[parameter][piece.local_slices()]
+            if len(piece.global_shape) == 1:
+                target.fill_(1.0)
+                continue
+            residual = piece.name.endswith(RESIDUAL_OUTPUTS)
+            std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
+            whole = torch.empty(piece.global_shape).normal_(0.0, std, generator=_generator(seed, piece.name))
+            target.copy_(whole[piece.global_slices()])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.no_grad()
+def load_hf_weights(model: Llama, directory: str | Path) -> None:
+    """Copy this rank's part of a LLaMA checkpoint in safetensors into the model, reading that part only.
+
+    Raises:
+        UserError: for a folder without safetensors, a tensor missing, unknown or of another shape, a damaged file.
+    """
+    directory = Path(directory)
+    with ExitStack() as stack:
+        tensors = _open_tensors(directory, stack)
+        table = placement(model.config, model.ctx)
+        _check_names(directory, set(tensors), {piece.name for pieces in table.values() for piece in pieces})
+        parameters = dict(model.named_parameters())
+        for parameter, pieces in table.items():
+            for piece in pieces:
+                source = tensors[piece.name].get_slice(piece.name)
+                shape = tuple(source.get_shape())
+                if shape != piece.global_shape:
+                    raise UserError(
+                        f"{directory}: {piece.name} has shape {list(shape)}, the model's is "
+                        f"{list(piece.global_shape)}; make the model section agree with config.json there"
+                    )
+                if 0 not in piece.shape:
+                    part: Tensor = source[piece.global_slices()]
+                    parameters[parameter][piece.local_slices()].copy_(part)
+
+
+def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> open safetensors file."""
+    index = directory / "model.safetensors.index.json"
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of safetensors files; fetch it again") from None
+    files = files or [path.name for path in sorted(directory.glob("*.safetensors"))]
+    if not files:
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        found = f" ({pickled[0]} is a pickle, which is never loaded)" if pickled else ""
+        raise UserError(f"{directory}: no *.safetensors there{found}; save the model with safe_serialization=True")
+    tensors: dict[str, Any] = {}
+    for name in files:
+        try:
+            file = stack.enter_context(safe_open(directory / name, framework="pt"))
+        except FileNotFoundError:
+            raise UserError(f"{index}: names {name}, which is not there; fetch the missing file") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{directory / name}: not a readable safetensors file ({error}); fetch it again") from None
+        tensors.update(dict.fromkeys(file.keys(), file))
+    return tensors
+
+
+def _check_names(directory: Path, found: set[str], wanted: set[str]) -> None:
+    # Old exports carry rotary frequencies, and tied models may carry the embedding a second time.
+    known = wanted | {name for name in found if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+    if missing := sorted(wanted - found):
+        hint = "set model.tie_embeddings=true" if missing == ["lm_head.weight"] else "is it a LLaMA of this depth?"
+        raise UserError(f"{directory}: no tensor {missing[0]} (and {len(missing) - 1} more); {hint}")
+    if extra := sorted(found - known):
+        raise UserError(
+            f"{directory}: tensor {extra[0]} (and {len(extra) - 1} more) has no place in this model; "
+            f"make the model section agree with config.json there"
+        )

@@ -1,0 +1,187 @@
+"""LLaMA-2 (Touvron et al., 2023): layers and shapes. What is cut over ranks is the parallel layers' affair.
+
+Activations are `[S, B, H]`; inside attention the tokens lie flat, `T = B * S`, sequence after sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megaflow.config import ModelConfig
+from megaflow.kernels.dispatch import Ops
+from megaflow.kernels.rotary import rotary_tables
+from megaflow.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel_linear,
+    vocabulary_rows,
+)
+from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.regions import gather_last_dimension
+
+if TYPE_CHECKING:
+    from megaflow.data.loader import Batch
+
+
+class Layout(NamedTuple):
+    """What attention needs to know of the tokens of a micro-batch, the same for every layer."""
+
+    cos: Tensor
+    """Of the rotary angles, fp32 `[T, head_dim / 2]`."""
+    sin: Tensor
+    cu_seqlens: Tensor
+    """Edges of the documents, int32 `[D + 1]`."""
+    max_seqlen: int
+    """Length of the longest document."""
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens before these, for generation."""
+
+    def attend(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Remember k and v of the new tokens and attend to all, old and new; `[n, heads, head_dim]` as q."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned weight `[H]`."""
+
+    def __init__(self, hidden_size: int, eps: float, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+        self.eps = eps
+        self.rms_norm = ops.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention within documents, with rotary positions and grouped key-value heads."""
+
+    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ops = ops
+        self.head_dim = config.head_dim
+        self.heads = ctx.tp_share(config.num_heads)
+        self.kv_heads = ctx.tp_share(config.num_kv_heads)
+        width = (config.num_heads + 2 * config.num_kv_heads) * self.head_dim
+        self.qkv = ColumnParallelLinear(config.hidden_size, width, ctx, dtype)
+        self.out = RowParallelLinear(config.hidden_size, config.hidden_size, ctx, dtype)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        qkv = self.qkv(x)
+        seq_length, batch, _ = qkv.shape
+        flat = qkv.transpose(0, 1).reshape(batch * seq_length, -1, self.head_dim)
+        q, k, v = flat.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self.ops.rotary(q, k, layout.cos, layout.sin)
+        if cache is None:
+            mixed = self.ops.attention(q, k, v, layout.cu_seqlens, layout.max_seqlen)
+        else:
+            mixed = cache.attend(self, q, k, v)
+        return self.out(mixed.reshape(batch, seq_length, -1).transpose(0, 1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward block."""
+
+    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.swiglu = ops.swiglu
+        self.gate_up = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, ctx, dtype)
+        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.swiglu(self.gate_up(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        self.attention = Attention(config, ctx, ops, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        self.mlp = MLP(config, ctx, ops, dtype)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layout, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """Final norm and projection to this rank's part of the vocabulary; the projection may be the embedding's weight."""
+
+    def __init__(
+        self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, tied: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        rows = vocabulary_rows(config.vocab_size, ctx.tp)
+        self.weight = nn.Parameter(torch.zeros(rows, config.hidden_size, dtype=dtype)) if tied is None else tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_parallel_linear(self.norm(x), self.weight, self.ctx)
+
+
+class Llama(nn.Module):
+    """A LLaMA-2 model, or this rank's part of one. Weights are zero until `init.initialise` or a checkpoint."""
+
+    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.ctx = ctx
+        self.ops = ops
+        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype)
+        # By global layer number, so that a part of the model keeps the names of the whole.
+        self.layers = nn.ModuleDict({str(i): Layer(config, ctx, ops, dtype) for i in range(config.num_layers)})
+        self.head = Head(config, ctx, ops, dtype, self.embed.weight if config.tie_embeddings else None)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits `[S, B, V_local]` over this rank's part of the padded vocabulary.
+
+        tokens, positions: `[B, S]`; cu_seqlens: int32 `[D + 1]`, edges of the documents in the flat `[B * S]` tokens.
+        """
+        cos, sin = rotary_tables(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        layout = Layout(cos, sin, cu_seqlens, max_seqlen)
+        x = self.embed(tokens.T)
+        for layer in self.layers.values():
+            x = layer(x, layout, cache)
+        return self.head(x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of every token, fp32 `[B, S]`, 0 where the label is -100."""
+        logits = self(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        seq_length, sequences, width = logits.shape
+        losses = self.ops.cross_entropy(
+            logits.view(-1, width),
+            batch.labels.T.flatten(),
+            self.embed.vocab_start,
+            self.config.vocab_size,
+            self.ctx.tp_group if self.ctx.tp > 1 else None,
+        )
+        return losses.view(seq_length, sequences).T
+
+    def logits(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits `[B, S, V]` over the true vocabulary, whole on every rank; with tp > 1 they carry no gradient."""
+        local = self(tokens, positions, cu_seqlens, max_seqlen, cache)
+        return gather_last_dimension(local, self.ctx)[..., : self.config.vocab_size].transpose(0, 1)
+
+    def without_sequence_parallel(self) -> Llama:
+        """A model of the same weights whose sequences need not be a multiple of tp long, for generation."""
+        if not self.ctx.sequence_parallel:
+            return self
+        with torch.device("meta"):
+            twin = Llama(self.config, replace(self.ctx, sequence_parallel=False), self.ops)
+        twin.load_state_dict(self.state_dict(), assign=True)
+        return twin
