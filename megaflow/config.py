@@ -7,6 +7,7 @@ the number of processes is checked by `Config.check_world`. `config_load.py` rea
 from __future__ import annotations
 
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -152,7 +153,7 @@ class ScheduleConfig(Section):
     final: dict[str, Weight] | None = None
     """ChatFlow: ratios once the ramp has ended; they sum to 1."""
     grow: Annotated[int, Field(ge=1)] | None = None
-    """ChatFlow's T_grow, length of the ramp in the clock's units; none: grow_fraction of the run (not for documents)."""
+    """ChatFlow's T_grow, length of the ramp in the clock's units; none: grow_fraction of the run."""
     grow_fraction: Annotated[Decimal, Field(gt=0, le=1)] = Decimal("0.6")
     """Length of the ramp as a share of the run, when `grow` is not given."""
     lambda0: Annotated[Decimal, Field(ge=0, lt=1)] = Decimal(0)
@@ -175,7 +176,7 @@ class ScheduleConfig(Section):
             raise ValueError("the documents clock needs `grow`: the run's length in documents is not known beforehand")
         if self.knots is not None:
             moments = [knot.at for knot in self.knots]
-            if not moments or moments[0] != 0 or any(b <= a for a, b in zip(moments, moments[1:], strict=False)):
+            if not moments or moments[0] != 0 or any(b <= a for a, b in pairwise(moments)):
                 raise ValueError(f"knots must ascend from 0; they are at {moments}")
         for key, weights in self.mixes():
             total = sum(weights.values())

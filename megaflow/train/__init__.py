@@ -1,1 +1,1 @@
-"""The training loop: `loop.py` runs, `step.py` is one optimizer step, `metrics.py` and `evaluate.py` say how it goes."""
+"""Training: `run.py` opens a run, `loop.py` drives it, `step.py` is one optimizer step, `report.py` tells of it."""

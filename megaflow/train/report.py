@@ -1,0 +1,186 @@
+"""What a run says of itself while it trains: totals over the log interval, one record, one line or progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megaflow.config import Config
+from megaflow.data.mix import StepPlan
+from megaflow.data.schedule import ONE
+from megaflow.model.flops import flops_per_token
+from megaflow.parallel.mesh import ParallelContext
+from megaflow.train.hardware import peak_tflops
+from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES, TOKENS, MetricsLog, mean_loss
+from megaflow.train.state import TrainState
+from megaflow.train.step import StepOutcome
+
+
+class Speed:
+    """Tokens per second and model FLOP utilisation of one device.
+
+    Two conventions: `mfu` counts the half of the attention matrix a causal model needs, `mfu_full_attention` all of it
+    (as PaLM, arXiv 2204.02311, and Megatron do). Document boundaries lower the real work further; neither counts that.
+    """
+
+    def __init__(self, config: Config, ctx: ParallelContext) -> None:
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.peak, self.peak_name = peak_tflops(ctx.device, dtype, config.train.peak_tflops)
+        self.tokens_per_step = config.train.global_batch_size * config.data.seq_length / ctx.world_size
+        self.flops = [flops_per_token(config.model, config.data.seq_length, causal) for causal in (True, False)]
+
+    def record(self, seconds: float, data_seconds: float, steps: int) -> dict[str, float]:
+        """Rates over `steps` steps that took `seconds`, of which `data_seconds` were waiting for data."""
+        rate = self.tokens_per_step * steps / seconds
+        causal, full = (rate * flops / 1e12 for flops in self.flops)
+        return {
+            "step_ms": 1000 * seconds / steps,
+            "data_ms": 1000 * data_seconds / steps,
+            "tokens_per_second_per_device": rate,
+            "tflops": causal,
+            "mfu": causal / self.peak,
+            "mfu_full_attention": full / self.peak,
+        }
+
+
+class Report:
+    """Collects steps on every rank; the main rank writes records and draws progress.
+
+    Sums of the whole run go to `state`, which is saved with checkpoints.
+    """
+
+    def __init__(self, config: Config, state: TrainState, ctx: ParallelContext) -> None:
+        sampler = state.sampler
+        self.config, self.state, self.sampler, self.is_main = config, state, sampler, ctx.rank == 0
+        self.speed = Speed(config, ctx)
+        self.interval = torch.zeros_like(state.totals.values)
+        self.planned = [0] * len(sampler.groups)
+        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        if self.is_main:
+            self.log = MetricsLog(Path(config.run_dir), sampler.step, config.train.tensorboard)
+            self.display = Display(config.train.steps, sampler.step)
+            self.say(f"MFU against {self.speed.peak:.4g} TFLOP/s: {self.speed.peak_name}")
+
+    def say(self, line: str) -> None:
+        """Prints a line on the main rank, above the progress bar where there is one."""
+        if self.is_main:
+            self.display.line(line)
+
+    def add(self, plan: StepPlan, outcome: StepOutcome, lr: float, seconds: float, data_seconds: float) -> None:
+        """Adds a step, and every `train.log_interval` steps writes a record."""
+        self.state.totals.values += outcome.totals
+        self.interval += outcome.totals
+        self.planned = [a + b for a, b in zip(self.planned, plan.weights, strict=True)]
+        self.steps += 1
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        self.state.skipped_steps += int(outcome.skipped)
+        if plan.step % self.config.train.log_interval and plan.step != self.config.train.steps:
+            return
+        if self.is_main:
+            self._write(plan, lr, float(outcome.grad_norm))
+        self.interval.zero_()
+        self.planned = [0] * len(self.planned)
+        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+
+    def _write(self, plan: StepPlan, lr: float, grad_norm: float) -> None:
+        rows, run_rows = self.interval.tolist(), self.state.totals.values.tolist()
+        total = [sum(column) for column in zip(*rows, strict=True)]
+        sources = {
+            source.name: {
+                "loss": mean_loss(row),
+                "sequences": round(row[SEQUENCES]),
+                "tokens": round(run_row[TOKENS]),
+                "loss_tokens": round(run_row[LOSS_TOKENS]),
+                "epochs": consumed / source.windows,
+            }
+            for source, row, run_row, consumed in zip(
+                self.sampler.sources, rows, run_rows, self.sampler.consumed, strict=True
+            )
+        }
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": plan.step,
+            "time": time.time(),
+            "loss": total[LOSS] / max(1, total[LOSS_TOKENS]),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "skipped_steps": self.state.skipped_steps,
+            "tokens": round(sum(row[TOKENS] for row in run_rows)),
+            "digest": f"{plan.digest:016x}",
+            "groups": self._groups(sources, total[SEQUENCES]),
+            "sources": sources,
+            "speed": self.speed.record(self.seconds, self.data_seconds, self.steps),
+        }
+        self.log.write(record)
+        self.display.step(record)
+
+    def _groups(self, sources: Mapping[str, Mapping[str, Any]], sequences: float) -> dict[str, dict[str, float]]:
+        """Planned ratio of each group over the interval, and the one the ranks' own batches came to."""
+        return {
+            group.name: {
+                "planned": planned / self.steps / ONE,
+                "achieved": sum(sources[source.name]["sequences"] for source in group.sources) / sequences,
+            }
+            for group, planned in zip(self.sampler.groups, self.planned, strict=True)
+        }
+
+    def evaluation(self, step: int, heldout: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the held-out loss (nats per token) and bits per byte of every source that has held-out documents."""
+        if self.is_main and heldout:
+            self.log.write({"kind": "heldout", "step": step, "time": time.time(), "sources": heldout})
+            found = "  ".join(f"{name} {r['loss']:.3f} ({r['bits_per_byte']:.3f} b/B)" for name, r in heldout.items())
+            self.say(f"step {step}  held-out  {found}")
+
+    def close(self) -> None:
+        if self.is_main:
+            self.log.close()
+            self.display.close()
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps = steps
+        self.console = Console(file=sys.stdout)
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = [
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            ]
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=steps, completed=done)
+            self.bar.start()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        speed, step = record["speed"], record["step"]
+        mix = " ".join(f"{name} {group['achieved']:.2f}" for name, group in record["groups"].items())
+        numbers = (
+            f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+            f"{speed['tokens_per_second_per_device']:,.0f} tok/s/device  MFU {100 * speed['mfu']:.1f} %  {mix}"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=numbers)
+        else:
+            left = (self.steps - step) * speed["step_ms"] / 1000
+            self.line(f"step {step}/{self.steps}  {numbers}  left {left / 60:.1f} min")
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.file.flush()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

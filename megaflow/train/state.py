@@ -1,0 +1,83 @@
+"""Everything a run must save to go on exactly where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megaflow.checkpoint.shards import Shards, shards_of
+from megaflow.checkpoint.store import CheckpointStore
+from megaflow.data.mix import Sampler
+from megaflow.model.placement import Placement
+from megaflow.optim.adamw import AdamW
+from megaflow.parallel.gradients import FlatParameters
+from megaflow.train.metrics import SourceTotals
+from megaflow.train.run import Run
+
+
+@dataclass
+class TrainState:
+    """Weights, moments, sampler, totals and random state of a run.
+
+    Weights are saved as the optimizer's fp32 master under `model/<Hugging Face name>`; bf16 parameters are their
+    rounding. Tensors are saved and loaded whatever the layout; on the same layout a resumed run is bit-identical.
+    """
+
+    run: Run
+    placement: Placement
+    parameters: FlatParameters
+    optimizer: AdamW
+    totals: SourceTotals
+    """Sums of the whole run per source."""
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite, since the first."""
+    random: torch.Tensor = field(default_factory=torch.get_rng_state)
+    """State of torch's generator, alike on all ranks."""
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.run.sampler
+
+    def save(self, store: CheckpointStore) -> str:
+        """Commits a checkpoint of the step last taken and returns its path."""
+        self.random = torch.get_rng_state()
+        scalars = {
+            "step": self.sampler.step,
+            "sampler": self.sampler.state_dict(),
+            "optimizer_steps": float(self.optimizer.steps),
+            "totals": self.totals.values.tolist(),
+            "skipped_steps": self.skipped_steps,
+            "config": self.run.config.model_dump(mode="json"),
+            "tokenizer_sha256": self.run.tokenizer_sha256,
+            "ledger": [entry.to_json() for entry in self.run.ledger],
+        }
+        return str(store.save(self.sampler.step, self._tensors(), scalars))
+
+    def load(self, store: CheckpointStore) -> bool:
+        """Goes back to the newest sound checkpoint; False when there is none yet.
+
+        Raises UserError when no checkpoint is sound, or it is of another model or another mix.
+        """
+        manifest = store.load(self._tensors())
+        if manifest is None:
+            return False
+        scalars = manifest.scalars
+        self.sampler.load_state_dict(scalars["sampler"])
+        self.optimizer.steps.fill_(scalars["optimizer_steps"])
+        self.optimizer.copy_master_to_params()
+        self.totals.values.copy_(torch.tensor(scalars["totals"], dtype=torch.float64))
+        self.skipped_steps = scalars["skipped_steps"]
+        torch.set_rng_state(self.random)
+        return True
+
+    def _tensors(self) -> dict[str, Shards | torch.Tensor]:
+        groups = {
+            "model": self.optimizer.master,
+            "exp_avg": self.optimizer.exp_avg,
+            "exp_avg_sq": self.optimizer.exp_avg_sq,
+        }
+        tensors: dict[str, Shards | torch.Tensor] = {"random/torch": self.random}
+        for group, flat in groups.items():
+            tensors |= shards_of(self.placement, self.parameters.views(flat), group)
+        return tensors
