@@ -1,0 +1,62 @@
+"""Array work shared by sources and preparation: packs, document boundaries, labels, positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from megaflow.data.native import best_fit
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def pack(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[Int64Array, Int64Array]:
+    """Pack whole documents best-fit into windows of `capacity` tokens.
+
+    Args:
+        lengths: [D] tokens per document, each at most `capacity`.
+
+    Returns:
+        [D] documents pack by pack, in each pack by number; [packs + 1] documents before each pack.
+    """
+    bins = np.asarray(best_fit(lengths, capacity))
+    order = np.argsort(bins, kind="stable")
+    per_pack = np.bincount(bins)
+    return order.astype(np.int64), np.concatenate([[0], np.cumsum(per_pack)]).astype(np.int64)
+
+
+def inner_starts(doc_starts: Int64Array, start: int, stop: int) -> Int64Array:
+    """Where documents start in tokens `start + 1 .. stop` (inclusive), relative to `start`.
+
+    `doc_starts` [D + 1] ends with the number of tokens: the end of the stream counts as a start, as it is on a ring.
+    """
+    first = doc_starts.searchsorted(start, side="right")
+    last = doc_starts.searchsorted(stop, side="right")
+    return doc_starts[first:last] - start
+
+
+def lengths_between(starts: Int64Array, length: int) -> Int64Array:
+    """Lengths of the pieces that cuts at `starts` (ascending, in 1..length) make of a window of `length`."""
+    edges = np.empty(len(starts) + 2, dtype=np.int64)
+    edges[0] = 0
+    edges[1:-1] = starts
+    edges[-1] = length
+    if len(starts) and starts[-1] == length:
+        edges = edges[:-1]
+    return np.diff(edges)
+
+
+def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
+    """[D + 1] cu_seqlens of D documents laid back to back."""
+    cumulative = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cumulative[1:])
+    return cumulative
+
+
+def restarting_positions(cu_seqlens: npt.NDArray[np.int32]) -> Int64Array:
+    """[cu_seqlens[-1]] position of each token in its document."""
+    positions = np.arange(cu_seqlens[-1], dtype=np.int64)
+    return positions - np.repeat(cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens))

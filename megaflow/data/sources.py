@@ -1,0 +1,189 @@
+"""Sources: corpora seen as numbered windows of S tokens, which is all the sampler and the loader know of them."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megaflow.data.corpus import Corpus, Int64Array, corpus_path
+from megaflow.data.order import window_offset
+from megaflow.data.packing import IGNORE, inner_starts, lengths_between
+from megaflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Window:
+    """A training sequence: `tokens` and `labels` [S] (-100 = no loss), `lengths` [D] of its documents, padding last."""
+
+    tokens: Int64Array
+    labels: Int64Array
+    lengths: Int64Array
+
+
+class Source(ABC):
+    """A corpus under a name, cut into windows of `seq_length`.
+
+    `num_windows` make an epoch, of `documents` documents.
+    """
+
+    num_windows: int
+
+    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+        self.name = name
+        self.corpus = corpus
+        self.seq_length = seq_length
+        self.documents = corpus.num_documents
+
+    @abstractmethod
+    def window(self, epoch: int, index: int) -> Window:
+        """Window `index` (0 <= index < num_windows) of `epoch`."""
+
+    def _span(self, start: int, stop: int) -> Window:
+        """Inputs `start .. stop - 1`, padded to S; the label of each is the next token of its document."""
+        corpus, length = self.corpus, stop - start
+        tokens = np.full(self.seq_length, corpus.manifest.tokenizer.eos_id, dtype=np.int64)
+        labels = np.full(self.seq_length, IGNORE, dtype=np.int64)
+        tokens[:length] = corpus.tokens[start:stop]
+        end = min(stop + 1, corpus.num_tokens)
+        labels[: end - start - 1] = corpus.tokens[start + 1 : end]
+        if corpus.has_mask:
+            labels[: end - start - 1][~corpus.loss_mask(start + 1, end)] = IGNORE
+        starts = inner_starts(corpus.doc_starts, start, stop)
+        labels[starts - 1] = IGNORE
+        if length < self.seq_length and (len(starts) == 0 or starts[-1] != length):
+            starts = np.append(starts, length)
+        return Window(tokens, labels, lengths_between(starts, self.seq_length))
+
+
+class TextSource(Source):
+    """Running text: the tokens are a ring, window w of epoch e starts at token `(offset(e) + w * S) mod T`."""
+
+    def __init__(self, name: str, corpus: Corpus, seq_length: int, seed: int) -> None:
+        super().__init__(name, corpus, seq_length)
+        if corpus.num_tokens < seq_length:
+            raise UserError(
+                f"source {name} ({corpus.prefix}): {corpus.num_tokens} tokens do not fill a sequence of {seq_length}; "
+                "add text or lower the sequence length"
+            )
+        self.seed = seed
+        self.num_windows = corpus.num_tokens // seq_length
+        self._offsets: dict[int, int] = {}
+
+    def _offset(self, epoch: int) -> int:
+        if epoch not in self._offsets:
+            self._offsets[epoch] = window_offset(self.seed, self.name, epoch, self.corpus.num_tokens)
+        return self._offsets[epoch]
+
+    def window(self, epoch: int, index: int) -> Window:
+        start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
+        if start + self.seq_length < self.corpus.num_tokens:
+            return self._span(start, start + self.seq_length)
+        return self._wrapping(start)
+
+    def _wrapping(self, start: int) -> Window:
+        """A window whose labels run past the end of the stream and on at its start."""
+        corpus, length = self.corpus, self.seq_length
+        left = corpus.num_tokens - start
+        rest = length + 1 - left
+        ring = np.concatenate([corpus.tokens[start:], corpus.tokens[:rest]]).astype(np.int64)
+        labels = ring[1:].copy()
+        if corpus.has_mask:
+            mask = np.concatenate([corpus.loss_mask(start, corpus.num_tokens), corpus.loss_mask(0, rest)])
+            labels[~mask[1:]] = IGNORE
+        before = inner_starts(corpus.doc_starts, start, corpus.num_tokens)
+        after = inner_starts(corpus.doc_starts, 0, rest - 1) + left
+        starts = np.concatenate([before, after])
+        labels[starts - 1] = IGNORE
+        return Window(ring[:-1], labels, lengths_between(starts, length))
+
+
+class PackedSource(Source):
+    """Whole examples, packed by the preparation into windows of S; what a pack leaves free is padding without loss."""
+
+    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+        super().__init__(name, corpus, seq_length)
+        packed = corpus.manifest.seq_length
+        if packed != seq_length:
+            raise UserError(
+                f"source {name} ({corpus.prefix}): packed for sequences of {packed}, not {seq_length}; prepare it "
+                f"again with: {_repack_command(corpus, seq_length)}"
+            )
+        self.num_windows = len(corpus.pack_starts) - 1
+
+    def window(self, epoch: int, index: int) -> Window:
+        first, last = self.corpus.pack_starts[index : index + 2]
+        return self._span(int(self.corpus.doc_starts[first]), int(self.corpus.doc_starts[last]))
+
+
+class SequentialSource(Source):
+    """Running text from its first token to its last, each label once; the last window is padded. For evaluation."""
+
+    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+        super().__init__(name, corpus, seq_length)
+        self.num_windows = -(-(corpus.num_tokens - 1) // seq_length)
+
+    def window(self, epoch: int, index: int) -> Window:
+        start = index * self.seq_length
+        return self._span(start, min(start + self.seq_length, self.corpus.num_tokens))
+
+
+def _repack_command(corpus: Corpus, seq_length: int) -> str:
+    """The command that made the corpus, for another sequence length."""
+    command, changed = re.subn(r"(--seq-length[ =])\d+", rf"\g<1>{seq_length}", corpus.manifest.command)
+    if not changed:
+        command = f"megaflow prepare {corpus.prefix} --kind {corpus.manifest.kind} --seq-length {seq_length} ..."
+    return command if "--overwrite" in command else f"{command} --overwrite"
+
+
+def open_source(name: str, prefix: str | Path, seq_length: int, seed: int) -> Source:
+    """Open the corpus at `prefix` as training source `name`.
+
+    Raises:
+        UserError: the corpus is missing, damaged, too short, or packed for another sequence length.
+    """
+    corpus = Corpus.open(prefix)
+    if corpus.manifest.kind == "text":
+        return TextSource(name, corpus, seq_length, seed)
+    return PackedSource(name, corpus, seq_length)
+
+
+def open_sources(prefixes: Mapping[str, str | Path], seq_length: int, seed: int) -> list[Source]:
+    """Open every source of a run, in order, and check that they go together.
+
+    Raises:
+        UserError: as `open_source`; or two of them were made with different tokenizers.
+    """
+    sources = [open_source(name, prefix, seq_length, seed) for name, prefix in prefixes.items()]
+    for source in sources[1:]:
+        first, other = sources[0].corpus.manifest.tokenizer, source.corpus.manifest.tokenizer
+        if (first.sha256, first.probe) != (other.sha256, other.probe):
+            raise UserError(
+                f"sources {sources[0].name} and {source.name} were made with different tokenizers "
+                f"({first.path}, {other.path}); prepare one of them again with the other's"
+            )
+    return sources
+
+
+def heldout_prefix(prefix: str | Path) -> Path:
+    """Prefix of the corpus of documents held out of the one at `prefix`."""
+    return Path(f"{prefix}.heldout")
+
+
+def open_heldout(name: str, prefix: str | Path, seq_length: int) -> Source | None:
+    """The documents held out of the corpus at `prefix`, in order; None if its preparation held out none.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    held = heldout_prefix(prefix)
+    if not corpus_path(held, "json").exists():
+        return None
+    corpus = Corpus.open(held)
+    if corpus.manifest.kind == "text":
+        return SequentialSource(name, corpus, seq_length)
+    return PackedSource(name, corpus, seq_length)

@@ -1,0 +1,165 @@
+"""`megaflow prepare`: text files to a tokenised corpus."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megaflow.errors import UserError
+
+if TYPE_CHECKING:
+    from megaflow.data.encode import PrepareOptions
+    from megaflow.data.manifest import Manifest
+    from megaflow.data.prepare import PrepareReport
+
+
+class KindChoice(StrEnum):
+    """Kinds of corpora."""
+
+    text = "text"
+    parallel = "parallel"
+    instruction = "instruction"
+
+
+class LossChoice(StrEnum):
+    """What the loss covers."""
+
+    all = "all"
+    response = "response"
+
+
+def prepare(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix of the corpus: OUT.bin, OUT.idx, OUT.json ...")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...", help="JSONL or plain text (each also .zst) or Parquet. A .txt file is one document."
+        ),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")],
+    language: Annotated[str, typer.Option(help="Language of the corpus, for logs: en, zh, en-zh ...")],
+    kind: Annotated[KindChoice, typer.Option(help="What a record is.")] = KindChoice.text,
+    seq_length: Annotated[
+        int | None, typer.Option(min=8, help="Sequence length to pack examples for (parallel and instruction).")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a text.")] = "text",
+    source_field: Annotated[str, typer.Option(help="Field of a pair's first text.")] = "en",
+    target_field: Annotated[str, typer.Option(help="Field of a pair's second text.")] = "zh",
+    instruction_field: Annotated[str, typer.Option(help="Field of an instruction.")] = "instruction",
+    input_field: Annotated[str, typer.Option(help="Field of its input, which may be missing.")] = "input",
+    output_field: Annotated[str, typer.Option(help="Field of the response.")] = "output",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Pairs: 'tab' (default) or 'labelled', the direction chosen per pair by hash, or a string with "
+            "{source} and {target}. Instructions: 'chatflow' (default) or a string with {instruction}, {input}, {output}."
+        ),
+    ] = None,
+    plain_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of instruction examples written without the template.")
+    ] = 0.15,
+    loss: Annotated[
+        LossChoice,
+        typer.Option(
+            help="Train on everything, or on responses (of pairs: the second text) alone. The text before a "
+            "response is then tokenised by itself, as a prompt is at generation."
+        ),
+    ] = LossChoice.all,
+    heldout: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of documents held out, by hash of their text, to OUT.heldout.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of documents.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = os.cpu_count() or 1,
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of records that may be unusable before it is an error.")
+    ] = 0.01,
+    txt_per_line: Annotated[bool, typer.Option("--txt-per-line", help="Each line of a .txt is a document.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of this name.")] = False,
+) -> None:
+    """Tokenise text files into a corpus to train on: OUT.bin, OUT.idx, the manifest OUT.json and sidecars."""
+    from megaflow.data.encode import PrepareOptions
+    from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
+
+    template = template if template is not None else DEFAULT_TEMPLATE.get(kind.value, "")
+    check_template(kind.value, template)
+    if (seq_length is None) != (kind is KindChoice.text):
+        raise UserError(
+            f"--kind {kind.value} {'needs' if seq_length is None else 'takes no'} --seq-length: "
+            "examples are packed whole for one sequence length, running text serves every length"
+        )
+    if kind is KindChoice.text and loss is LossChoice.response:
+        raise UserError("--loss response is for --kind parallel and instruction")
+    fields = {
+        KindChoice.text: (text_field,),
+        KindChoice.parallel: (source_field, target_field),
+        KindChoice.instruction: (instruction_field, input_field, output_field),
+    }[kind]
+    if len(set(fields)) != len(fields):
+        raise UserError(f"--kind {kind.value}: the fields {', '.join(fields)} are not all different")
+    if kind is not KindChoice.text and any(".txt" in path.suffixes for path in inputs):
+        raise UserError(f"--kind {kind.value}: records have several fields, which .txt has not; give JSONL or Parquet")
+    options = PrepareOptions(
+        format=ExampleFormat(
+            kind=kind.value, fields=fields, template=template, loss=loss.value, plain_fraction=plain_fraction
+        ),
+        language=language,
+        tokenizer=str(tokenizer),
+        seq_length=seq_length,
+        heldout=heldout,
+        seed=seed,
+        workers=workers,
+        max_bad=max_bad,
+        txt_per_line=txt_per_line,
+        overwrite=overwrite,
+        command=shlex.join(["megaflow", *sys.argv[1:]]),
+    )
+    _print_report(out, _prepare(out, inputs, options))
+
+
+def _prepare(out: Path, inputs: list[Path], options: PrepareOptions) -> PrepareReport:
+    """Run with a progress bar where there is a terminal to draw it on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megaflow.data.prepare import prepare_corpus
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return prepare_corpus(out, inputs, options)
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(out.name, total=total)
+        return prepare_corpus(out, inputs, options, lambda done: bar.update(task, completed=done))
+
+
+def _print_report(out: Path, report: PrepareReport) -> None:
+    for what, count, shown in (
+        ("records cannot be used", report.num_bad, report.bad),
+        ("examples are longer than --seq-length and were left out", report.num_too_long, report.too_long),
+    ):
+        if count:
+            print(f"warning: {count} of {report.records} {what}:", file=sys.stderr)
+            for line in shown:
+                print(f"  {line}", file=sys.stderr)
+            if count > len(shown):
+                print(f"  ... and {count - len(shown)} more", file=sys.stderr)
+    if report.manifest is not None:
+        print(f"{out}: {_summary(report.manifest)}")
+    if report.heldout is not None:
+        print(f"{out}.heldout: {_summary(report.heldout)}")
+
+
+def _summary(manifest: Manifest) -> str:
+    packs = ""
+    if manifest.packs is not None and manifest.seq_length is not None:
+        full = manifest.tokens / (manifest.packs * manifest.seq_length)
+        packs = f", {manifest.packs:,} packs of {manifest.seq_length} ({full:.1%} full)"
+    per_token = manifest.bytes / manifest.tokens
+    return f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {per_token:.2f} bytes per token{packs}"
