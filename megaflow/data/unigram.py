@@ -1,0 +1,31 @@
+"""The simplest language model there is, as a mark that a trained one must pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megaflow.data.corpus import Corpus
+from megaflow.data.loader import heldout_batches
+
+CHUNK = 2**24  # tokens counted at a time
+
+
+def unigram_loss(prefix: str | Path, seq_length: int, max_windows: int | None = None) -> float | None:
+    """Nats per token of a unigram model of the corpus at `prefix` on its held-out documents; None if there are none.
+
+    Token frequencies of the whole training text with one added to each, scored on the labels that evaluation scores
+    (the first `max_windows` windows).
+    """
+    corpus = Corpus.open(prefix)
+    counts = np.ones(corpus.manifest.tokenizer.vocab_size, dtype=np.int64)
+    for start in range(0, corpus.num_tokens, CHUNK):
+        counts += np.bincount(corpus.tokens[start : start + CHUNK], minlength=len(counts))
+    losses = np.log(counts.sum()) - np.log(counts)
+    total, tokens = 0.0, 0
+    for batch in heldout_batches(prefix, seq_length, 16, max_windows=max_windows):
+        labels = batch.labels[batch.labels >= 0].numpy()
+        total += float(losses[labels].sum())
+        tokens += len(labels)
+    return total / tokens if tokens else None

@@ -1,0 +1,123 @@
+"""`megaflow plot`: a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megaflow.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write; none: <run>/run.png")] = None,
+) -> None:
+    """Draw planned against achieved ratios, per-source training loss, and held-out loss against a unigram model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(run)
+    train = [record for record in records if record["kind"] == "train"]
+    heldout = [record for record in records if record["kind"] == "heldout"]
+    if not train:
+        raise UserError(f"{run}/metrics.jsonl: no training steps yet; train first")
+    colours = _colours(train[-1])
+    figure, axes = plt.subplots(2, 2 if heldout else 1, figsize=(13 if heldout else 8, 8), squeeze=False)
+    _draw_ratios(axes[0][0], train, colours)
+    _draw_losses(axes[1][0], train, colours)
+    if heldout:
+        _draw_heldout(axes[0][1], heldout, colours, "loss", "nats per token", unigram_losses(run))
+        _draw_heldout(axes[1][1], heldout, colours, "bits_per_byte", "bits per byte", {})
+    last = train[-1]
+    figure.suptitle(f"{run.name}: {last['step']} steps, {last['tokens'] / 1e6:,.1f} M tokens, loss {last['loss']:.3f}")
+    figure.tight_layout()
+    target = out or run / "run.png"
+    beside = target.with_name(f".tmp-{target.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(target)
+    typer.echo(target)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run. Raises UserError when the folder is not a run's."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the run_dir of a run") from None
+    except ValueError:
+        raise UserError(f"{path}: holds a line that is not JSON; the run that wrote it may still be going") from None
+
+
+def unigram_losses(run: Path) -> dict[str, float]:
+    """Held-out loss of a unigram model of each source's training text, over the windows the run evaluates."""
+    from megaflow.config_load import load_config
+    from megaflow.data.unigram import unigram_loss
+
+    config = load_config(run / "config.yaml")
+    named = [(name, source.path) for group in config.data.groups.values() for name, source in group.sources.items()]
+    found = {
+        name: unigram_loss(path, config.data.seq_length, config.train.eval_sequences) for name, path in named
+    }
+    return {name: loss for name, loss in found.items() if loss is not None}
+
+
+def _colours(record: dict[str, Any]) -> dict[str, Any]:
+    import matplotlib.pyplot as plt
+
+    names = [*record["groups"], *record["sources"]]
+    palette = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    groups = {name: palette[i % 10] for i, name in enumerate(record["groups"])}
+    return {name: groups.get(name, palette[(i - len(groups)) % 10]) for i, name in enumerate(names)}
+
+
+def _draw_ratios(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    steps = [record["step"] for record in train]
+    for name in train[0]["groups"]:
+        achieved = [record["groups"][name]["achieved"] for record in train]
+        planned = [record["groups"][name]["planned"] for record in train]
+        axis.plot(steps, achieved, ".", color=colours[name], markersize=4, alpha=0.5)
+        axis.plot(steps, planned, color=colours[name], label=name)
+    axis.set(title="share of the batch: planned (line), achieved (dots)", xlabel="step", ylim=(0, None))
+    axis.legend()
+
+
+def _draw_losses(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    for name in train[0]["sources"]:
+        points = [(r["step"], r["sources"][name]["loss"]) for r in train if r["sources"][name]["loss"] is not None]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axis.plot(steps, losses, color=colours[name], alpha=0.25, linewidth=0.8)
+            axis.plot(steps, smooth(losses), color=colours[name], label=name)
+    axis.set(title="training loss by source (thin: each record, thick: smoothed)", xlabel="step", ylabel="nats per token")
+    axis.legend()
+
+
+def smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, unbiased at its start."""
+    smoothed, average, mass = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(average / mass)
+    return smoothed
+
+
+def _draw_heldout(
+    axis: Axes, heldout: list[dict[str, Any]], colours: dict[str, Any], key: str, unit: str, marks: dict[str, float]
+) -> None:
+    steps = [record["step"] for record in heldout]
+    for name in heldout[0]["sources"]:
+        axis.plot(steps, [r["sources"][name][key] for r in heldout], ".-", color=colours[name], label=name)
+        if name in marks:
+            axis.axhline(marks[name], color=colours[name], linestyle=":", linewidth=1)
+    axis.set(title=f"held-out{' (dotted: unigram model of the source)' if marks else ''}", xlabel="step", ylabel=unit)
+    axis.legend()
