@@ -52,16 +52,17 @@ def make_batch(sources: Sequence[Source], flat: Sequence[int], cards: list[Card]
     Without `document_boundaries`, each window counts as one document for attention and positions; labels still never
     cross from one document into the next.
     """
-    windows = [sources[f].window(epoch, index) for f, (_, epoch, index) in zip(flat, cards, strict=True)]
-    shape = (len(windows), sources[flat[0]].seq_length)
-    if document_boundaries:
-        lengths = np.concatenate([window.lengths for window in windows])
-    else:
-        lengths = np.full(shape[0], shape[1], dtype=np.int64)
+    shape = (len(cards), sources[flat[0]].seq_length)
+    tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+    documents = [
+        sources[source].read(epoch, index, tokens[row], labels[row])
+        for row, (source, (_, epoch, index)) in enumerate(zip(flat, cards, strict=True))
+    ]
+    lengths = np.concatenate(documents) if document_boundaries else np.full(shape[0], shape[1], dtype=np.int64)
     cu_seqlens = cumulative_lengths(lengths)
     return Batch(
-        tokens=torch.from_numpy(np.stack([window.tokens for window in windows])),
-        labels=torch.from_numpy(np.stack([window.labels for window in windows])),
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
         positions=torch.from_numpy(restarting_positions(cu_seqlens).reshape(shape)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(lengths.max()),

@@ -59,4 +59,5 @@ def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
 def restarting_positions(cu_seqlens: npt.NDArray[np.int32]) -> Int64Array:
     """[cu_seqlens[-1]] position of each token in its document."""
     positions = np.arange(cu_seqlens[-1], dtype=np.int64)
-    return positions - np.repeat(cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens))
+    positions -= np.repeat(cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens))
+    return positions

@@ -40,24 +40,29 @@ class Source(ABC):
         self.documents = corpus.num_documents
 
     @abstractmethod
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
+        """Fill `tokens` and `labels` [S] with window `index` of `epoch`; returns the lengths of its documents."""
+
     def window(self, epoch: int, index: int) -> Window:
         """Window `index` (0 <= index < num_windows) of `epoch`."""
+        tokens, labels = np.empty((2, self.seq_length), dtype=np.int64)
+        return Window(tokens, labels, self.read(epoch, index, tokens, labels))
 
-    def _span(self, start: int, stop: int) -> Window:
+    def _read_span(self, start: int, stop: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         """Inputs `start .. stop - 1`, padded to S; the label of each is the next token of its document."""
         corpus, length = self.corpus, stop - start
-        tokens = np.full(self.seq_length, corpus.manifest.tokenizer.eos_id, dtype=np.int64)
-        labels = np.full(self.seq_length, IGNORE, dtype=np.int64)
         tokens[:length] = corpus.tokens[start:stop]
+        tokens[length:] = corpus.manifest.tokenizer.eos_id
         end = min(stop + 1, corpus.num_tokens)
         labels[: end - start - 1] = corpus.tokens[start + 1 : end]
+        labels[end - start - 1 :] = IGNORE
         if corpus.has_mask:
             labels[: end - start - 1][~corpus.loss_mask(start + 1, end)] = IGNORE
         starts = inner_starts(corpus.doc_starts, start, stop)
         labels[starts - 1] = IGNORE
         if length < self.seq_length and (len(starts) == 0 or starts[-1] != length):
             starts = np.append(starts, length)
-        return Window(tokens, labels, lengths_between(starts, self.seq_length))
+        return lengths_between(starts, self.seq_length)
 
 
 class TextSource(Source):
@@ -79,19 +84,20 @@ class TextSource(Source):
             self._offsets[epoch] = window_offset(self.seed, self.name, epoch, self.corpus.num_tokens)
         return self._offsets[epoch]
 
-    def window(self, epoch: int, index: int) -> Window:
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
         if start + self.seq_length < self.corpus.num_tokens:
-            return self._span(start, start + self.seq_length)
-        return self._wrapping(start)
+            return self._read_span(start, start + self.seq_length, tokens, labels)
+        return self._read_wrapping(start, tokens, labels)
 
-    def _wrapping(self, start: int) -> Window:
+    def _read_wrapping(self, start: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         """A window whose labels run past the end of the stream and on at its start."""
         corpus, length = self.corpus, self.seq_length
         left = corpus.num_tokens - start
         rest = length + 1 - left
-        ring = np.concatenate([corpus.tokens[start:], corpus.tokens[:rest]]).astype(np.int64)
-        labels = ring[1:].copy()
+        ring = np.concatenate([corpus.tokens[start:], corpus.tokens[:rest]])
+        tokens[:] = ring[:-1]
+        labels[:] = ring[1:]
         if corpus.has_mask:
             mask = np.concatenate([corpus.loss_mask(start, corpus.num_tokens), corpus.loss_mask(0, rest)])
             labels[~mask[1:]] = IGNORE
@@ -99,7 +105,7 @@ class TextSource(Source):
         after = inner_starts(corpus.doc_starts, 0, rest - 1) + left
         starts = np.concatenate([before, after])
         labels[starts - 1] = IGNORE
-        return Window(ring[:-1], labels, lengths_between(starts, length))
+        return lengths_between(starts, length)
 
 
 class PackedSource(Source):
@@ -115,9 +121,10 @@ class PackedSource(Source):
             )
         self.num_windows = len(corpus.pack_starts) - 1
 
-    def window(self, epoch: int, index: int) -> Window:
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         first, last = self.corpus.pack_starts[index : index + 2]
-        return self._span(int(self.corpus.doc_starts[first]), int(self.corpus.doc_starts[last]))
+        start, stop = self.corpus.doc_starts[first], self.corpus.doc_starts[last]
+        return self._read_span(int(start), int(stop), tokens, labels)
 
 
 class SequentialSource(Source):
@@ -127,9 +134,9 @@ class SequentialSource(Source):
         super().__init__(name, corpus, seq_length)
         self.num_windows = -(-(corpus.num_tokens - 1) // seq_length)
 
-    def window(self, epoch: int, index: int) -> Window:
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         start = index * self.seq_length
-        return self._span(start, min(start + self.seq_length, self.corpus.num_tokens))
+        return self._read_span(start, min(start + self.seq_length, self.corpus.num_tokens), tokens, labels)
 
 
 def _repack_command(corpus: Corpus, seq_length: int) -> str:

@@ -58,7 +58,8 @@ def prepare(
         str | None,
         typer.Option(
             help="Pairs: 'tab' (default) or 'labelled', the direction chosen per pair by hash, or a string with "
-            "{source} and {target}. Instructions: 'chatflow' (default) or a string with {instruction}, {input}, {output}."
+            "{source} and {target}. Instructions: 'chatflow' (default) or a string with {instruction}, {input} "
+            "and {output}."
         ),
     ] = None,
     plain_fraction: Annotated[
