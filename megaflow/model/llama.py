@@ -19,6 +19,7 @@ from megaflow.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
+    empty_weight,
     vocabulary_rows,
 )
 from megaflow.parallel.mesh import ParallelContext
@@ -50,10 +51,10 @@ class Cache(Protocol):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned weight `[H]`."""
 
-    def __init__(self, hidden_size: int, eps: float, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype, device=ctx.device))
+        self.eps = config.norm_eps
         self.rms_norm = ops.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,9 +105,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        self.attention_norm = RMSNorm(config, ctx, ops, dtype)
         self.attention = Attention(config, ctx, ops, dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        self.mlp_norm = RMSNorm(config, ctx, ops, dtype)
         self.mlp = MLP(config, ctx, ops, dtype)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
@@ -122,9 +123,9 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.ctx = ctx
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops, dtype)
+        self.norm = RMSNorm(config, ctx, ops, dtype)
         rows = vocabulary_rows(config.vocab_size, ctx.tp)
-        self.weight = nn.Parameter(torch.zeros(rows, config.hidden_size, dtype=dtype)) if tied is None else tied
+        self.weight = empty_weight(rows, config.hidden_size, ctx, dtype) if tied is None else tied
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linear(self.norm(x), self.weight, self.ctx)
@@ -181,7 +182,7 @@ class Llama(nn.Module):
         """A model of the same weights whose sequences need not be a multiple of tp long, for generation."""
         if not self.ctx.sequence_parallel:
             return self
-        with torch.device("meta"):
-            twin = Llama(self.config, replace(self.ctx, sequence_parallel=False), self.ops)
+        meta = replace(self.ctx, sequence_parallel=False, device=torch.device("meta"))
+        twin = Llama(self.config, meta, self.ops)
         twin.load_state_dict(self.state_dict(), assign=True)
         return twin

@@ -41,7 +41,11 @@ def _slices(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def placement(config: ModelConfig, ctx: ParallelContext) -> dict[str, list[Piece]]:
+Placement = dict[str, list[Piece]]
+"""Local parameter name -> its pieces."""
+
+
+def placement(config: ModelConfig, ctx: ParallelContext) -> Placement:
     """Every local parameter's pieces, in the order of the model's parameters."""
     hidden, feed_forward = config.hidden_size, config.intermediate_size
     kv = config.num_kv_heads * config.head_dim

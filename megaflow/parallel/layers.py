@@ -28,9 +28,9 @@ def vocabulary_rows(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE
 
 
-def _weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    # Zeros, because padding rows of a vocabulary are never filled.
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype))
+def empty_weight(rows: int, columns: int, parallel: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
+    """A weight on the rank's device: zeros, because padding rows of a vocabulary are never filled."""
+    return nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=parallel.device))
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -71,7 +71,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.parallel = parallel
-        self.weight = _weight(parallel.tp_share(out_features), in_features, dtype=dtype)
+        self.weight = empty_weight(parallel.tp_share(out_features), in_features, parallel, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linear(x, self.weight, self.parallel)
@@ -83,21 +83,21 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.parallel = parallel
-        self.weight = _weight(out_features, parallel.tp_share(in_features), dtype=dtype)
+        self.weight = empty_weight(out_features, parallel.tp_share(in_features), parallel, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return leave_tensor_region(F.linear(x, self.weight), self.parallel)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding whose rows are cut over tp: each rank gives zeros for the others' ids, and the results are summed."""
+    """An embedding whose rows are cut over tp: ranks give zeros for others' ids, and their results are summed."""
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.parallel = parallel
         rows = vocabulary_rows(vocab_size, parallel.tp)
         self.vocab_start = rows * parallel.tp_rank
-        self.weight = _weight(rows, hidden_size, dtype=dtype)
+        self.weight = empty_weight(rows, hidden_size, parallel, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Vectors `[S, B, H]` (this rank's part of S under sequence parallelism) of the ids `[S, B]`."""
