@@ -94,10 +94,9 @@ def shards_of(
         for piece in placement[parameter]:
             key = f"{group}/{piece.name}"
             shard = shards.setdefault(key, Shards(key, piece.global_shape, tensor.dtype))
-            cut = tuple(slice(o, o + n) for o, n in zip(piece.local_offset, piece.shape, strict=True))
-            view = tensor.detach()[cut]
+            view = tensor.detach()[piece.local_slices()]
             if view.numel():
-                shard.blocks.append((tuple(piece.global_offset), view))
+                shard.blocks.append((piece.global_offset, view))
     return shards
 
 

@@ -143,8 +143,8 @@ def write_safetensors(
                 digest.update(part)
             for key, dtype, shape in entries:
                 value = tensor(key).detach()
-                assert value.dtype == dtype and tuple(value.shape) == tuple(shape), key
-                data = memoryview(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                assert (value.dtype, tuple(value.shape)) == (dtype, tuple(shape)), key
+                data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 file.write(data)
                 digest.update(data)
             file.flush()
@@ -215,8 +215,14 @@ class SafetensorsWriter(StorageWriter):
             entries.append((key, item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)))
         entries.sort(key=lambda entry: (-entry[1].itemsize, entry[0]))
         results = []
+
+        def tensor(key: str) -> torch.Tensor:
+            value = planner.resolve_data(items[key])
+            assert isinstance(value, torch.Tensor), key
+            return value
+
         if entries:
-            record = write_safetensors(self.folder / name, entries, lambda key: planner.resolve_data(items[key]))
+            record = write_safetensors(self.folder / name, entries, tensor)
             results = [WriteResult(item.index, block_bytes(item), (name, record)) for item in items.values()]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)

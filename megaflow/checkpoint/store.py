@@ -49,11 +49,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+STEP_NAME = re.compile(r"step-\d{8,}")
+
+
+def step_name(step: int) -> str:
+    """Name of a step's directory."""
+    return f"step-{step:08d}"
 
 
 def step_directories(directory: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    found = [p for p in directory.glob("step-*") if STEP_NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -107,8 +113,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         UserError: when there is none, or all are damaged, naming the damaged files.
     """
     directory = Path(directory)
-    single = (directory / MANIFEST).exists()
-    paths = [directory] if single else step_directories(directory)
+    paths = [directory] if STEP_NAME.fullmatch(directory.name) else step_directories(directory)
     faults = []
     for path in reversed(paths):
         manifest, fault = check_checkpoint(path)
@@ -123,12 +128,13 @@ def no_checkpoint(directory: Path, faults: list[str]) -> str:
     """The message for a directory without a sound checkpoint."""
     if faults:
         return f"{directory}: no checkpoint passes its checks: {'; '.join(faults)}"
-    return f"{directory}: no checkpoint here (a folder with {MANIFEST}, or folders step-<number>)"
+    return f"{directory}: no checkpoint here (folders step-<number>)"
 
 
 def as_shards(tensors: Mapping[str, Shards | torch.Tensor]) -> dict[str, Shards]:
-    """Plain tensors wrapped as `Shards` held whole."""
-    return {name: t if isinstance(t, Shards) else Shards.whole(name, t) for name, t in tensors.items()}
+    """Plain tensors wrapped as `Shards` held whole; tensors without elements have nothing to save and are left out."""
+    shards = {name: t if isinstance(t, Shards) else Shards.whole(name, t) for name, t in tensors.items()}
+    return {name: s for name, s in shards.items() if s.nbytes}
 
 
 def as_user_error(what: str, failure: CheckpointException) -> UserError:
@@ -171,10 +177,6 @@ class CheckpointStore:
             for stale in self.directory.glob(".tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def path(self, step: int) -> Path:
-        """The directory of a step's checkpoint."""
-        return self.directory / f"step-{step:08d}"
-
     def save(self, step: int, tensors: Mapping[str, Shards | torch.Tensor], scalars: Mapping[str, Any]) -> Path:
         """Write a checkpoint, whole or not at all; nothing to do when this step is committed already.
 
@@ -185,7 +187,7 @@ class CheckpointStore:
         Raises:
             UserError: the same on every rank, when any of them cannot write.
         """
-        final = self.path(step)
+        final = self.directory / step_name(step)
         if self._everyones(final.exists())[0]:
             return final
         folder = self.directory / f".tmp-{final.name}"
