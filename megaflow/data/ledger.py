@@ -1,7 +1,7 @@
 """The ledger of a run: everything the sampler depends on, compiled to integers when the run is created.
 
-Stored as `<run>/ledger.json`. The sampler reads nothing else, so replaying, auditing and resuming on another layout need
-neither the config nor the same floating point.
+Stored as `<run>/ledger.json`. The sampler reads nothing else, so replaying, auditing and resuming on another layout
+need neither the config nor the same floating point.
 """
 
 from __future__ import annotations
