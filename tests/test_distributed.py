@@ -1,0 +1,40 @@
+"""The fork helper itself."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import RankError, run_ranks
+
+
+def summed(offset: int) -> torch.Tensor:
+    value = torch.tensor([dist.get_rank() + offset])
+    dist.all_reduce(value)
+    return value
+
+
+def test_results_come_back_by_rank() -> None:
+    assert run_ranks(3, summed, 10) == [torch.tensor([33])] * 3
+
+
+def fails_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("boom")
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_rank_that_raises_is_reported_with_its_traceback() -> None:
+    with pytest.raises(RankError, match=r"(?s)Traceback.*ValueError: boom|Traceback.*Connection closed"):
+        run_ranks(2, fails_on_rank_1)
+
+
+def test_a_rank_that_dies_or_hangs_is_reported() -> None:
+    with pytest.raises(RankError, match="died without a result"):
+        run_ranks(1, os._exit, 3)
+    with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish"):
+        run_ranks(1, time.sleep, 60, timeout=1)
