@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 PYTHON := $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 RUN := runs/demo
+TOKENIZER := --tokenizer configs/demo/tokenizer.model
 
 .PHONY: demo test lint types clean
 
@@ -32,6 +33,19 @@ types: $(READY)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+demo: $(READY)
+	rm -rf $(RUN) $(RUN)-data
+	$(BIN)/megaflow prepare $(RUN)-data/en configs/demo/en.jsonl.zst $(TOKENIZER) --language en
+	$(BIN)/megaflow prepare $(RUN)-data/zh configs/demo/zh.jsonl.zst $(TOKENIZER) --language zh
+	$(BIN)/megaflow prepare $(RUN)-data/parallel configs/demo/parallel.jsonl.zst $(TOKENIZER) --language en-zh \
+		--kind parallel --seq-length 128
+	$(BIN)/megaflow prepare $(RUN)-data/instruction configs/demo/instruction.jsonl.zst $(TOKENIZER) --language en-zh \
+		--kind instruction --seq-length 128 --loss response
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 megaflow/pretrain.py --config configs/demo.yaml
+	$(BIN)/megaflow generate $(RUN) --prompt "The old man looked at"
+	$(BIN)/megaflow generate $(RUN) --prompt "中国的"
+	$(BIN)/megaflow plot $(RUN)
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

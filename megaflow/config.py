@@ -44,7 +44,7 @@ class Section(BaseModel):
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError("true/false where another kind of value is meant")
+            raise ValueError("true or false where another kind of value is meant; give that, in quotes if it is a name")
         return value
 
 
@@ -171,9 +171,9 @@ class ScheduleConfig(Section):
     def _one_form(self) -> Self:
         ramp = self.initial is not None and self.final is not None
         if ramp == (self.knots is not None) or (self.initial is None) != (self.final is None):
-            raise ValueError("give either `initial` and `final`, or `knots`")
+            raise ValueError("has neither or both of its forms; give either `initial` and `final`, or `knots`")
         if ramp and self.grow is None and self.clock == "documents":
-            raise ValueError("the documents clock needs `grow`: the run's length in documents is not known beforehand")
+            raise ValueError("the documents clock needs `grow`; a share of the run is not known in documents beforehand")
         if self.knots is not None:
             moments = [knot.at for knot in self.knots]
             if not moments or moments[0] != 0 or any(b <= a for a, b in pairwise(moments)):
@@ -280,7 +280,7 @@ class OptimConfig(Section):
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError(f"decay_steps is for schedule wsd, not {self.schedule}; leave it out or choose wsd")
         if self.schedule == "wsd" and not self.decay_steps:
-            raise ValueError("schedule wsd needs decay_steps, the length of its final decay")
+            raise ValueError("schedule wsd needs decay_steps; give the length of its final decay")
         return self
 
 

@@ -103,7 +103,7 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
 
 def _line(error: ErrorDetails) -> str:
     location = error["loc"]
-    key = ".".join(str(part) for part in location) or "config"
+    key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         siblings = _siblings(location)
         close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
@@ -113,7 +113,7 @@ def _line(error: ErrorDetails) -> str:
         return f"{key}: missing; give it a value (`megaflow config --help` says what it means)"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if isinstance(error["input"], dict | list | BaseModel):
-        return f"{key}: {message}"
+        return f"{key}: {message}" if key else message
     if error["type"] == "literal_error":
         choices = [c.strip(" '") for c in error["ctx"]["expected"].replace(" or ", ",").split(",")]
         close = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.0)

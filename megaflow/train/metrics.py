@@ -14,17 +14,17 @@ from torch import Tensor
 from megaflow.data.loader import Batch
 from megaflow.parallel.mesh import ParallelContext
 
-LOSS, LOSS_TOKENS, TOKENS, SEQUENCES = range(4)
+LOSS, LOSS_TOKENS, SEQUENCES = range(3)
 
 
 class SourceTotals:
-    """Sums per source over micro-batches: loss (nats), tokens with loss, tokens, sequences.
+    """Sums per source over micro-batches: loss (nats), tokens with loss, sequences.
 
-    `values` is `[sources, 4]` fp64 on the training device, so adding never waits for the host.
+    `values` is `[sources, 3]` fp64 on the training device, so adding never waits for the host.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
-        self.values = torch.zeros(num_sources, 4, dtype=torch.float64, device=device)
+        self.values = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)
 
     def add(self, losses: Tensor, batch: Batch) -> None:
         """Adds one micro-batch; `losses` are per token `[B, S]`, 0 where there is no loss."""
@@ -32,7 +32,6 @@ class SourceTotals:
             [
                 losses.sum(dim=1, dtype=torch.float64),
                 (batch.labels >= 0).sum(dim=1).double(),
-                batch.real_tokens.double(),
                 torch.ones(len(losses), dtype=torch.float64, device=losses.device),
             ],
             dim=1,

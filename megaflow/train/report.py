@@ -18,7 +18,7 @@ from megaflow.data.schedule import ONE
 from megaflow.model.flops import flops_per_token
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.hardware import peak_tflops
-from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES, TOKENS, MetricsLog, mean_loss
+from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES, MetricsLog, mean_loss
 from megaflow.train.state import TrainState
 from megaflow.train.step import StepOutcome
 
@@ -97,7 +97,7 @@ class Report:
             source.name: {
                 "loss": mean_loss(row),
                 "sequences": round(row[SEQUENCES]),
-                "tokens": round(run_row[TOKENS]),
+                "tokens": round(run_row[SEQUENCES]) * self.config.data.seq_length,
                 "loss_tokens": round(run_row[LOSS_TOKENS]),
                 "epochs": consumed / source.windows,
             }
@@ -113,7 +113,7 @@ class Report:
             "lr": lr,
             "grad_norm": grad_norm,
             "skipped_steps": self.state.skipped_steps,
-            "tokens": round(sum(row[TOKENS] for row in run_rows)),
+            "tokens": sum(source["tokens"] for source in sources.values()),
             "digest": f"{plan.digest:016x}",
             "groups": self._groups(sources, total[SEQUENCES]),
             "sources": sources,

@@ -22,7 +22,7 @@ class StepOutcome:
     """Results of a step, equal on every rank and still on the device."""
 
     totals: Tensor
-    """`[sources, 4]`: loss, tokens with loss, tokens and sequences of the global batch."""
+    """`[sources, 3]`: loss, tokens with loss and sequences of the global batch."""
     grad_norm: Tensor
     """Global gradient norm before clipping."""
     skipped: Tensor
