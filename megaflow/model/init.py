@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def initialise(model: Llama, seed: int) -> None:
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.no_grad()
+def copy_weights(model: Llama, read: Callable[[str], Tensor]) -> None:
+    """Fill the model from whole canonical tensors, fetched by name one at a time."""
+    parameters = dict(model.named_parameters())
+    for parameter, pieces in placement(model.config, model.ctx).items():
+        for piece in pieces:
+            parameters[parameter][piece.local_slices()].copy_(read(piece.name)[piece.global_slices()])
 
 
 @torch.no_grad()
