@@ -77,9 +77,6 @@ class Shards:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offset), block.shape) for offset, block in self.blocks]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.block(index)
-
 
 def shards_of(
     placement: Mapping[str, Sequence[Piece]], tensors: Mapping[str, torch.Tensor], group: str

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megaflow.checkpoint import storage, store
 from megaflow.checkpoint.shards import Shards
@@ -205,7 +205,7 @@ def test_240_flipped_bits_none_silent(tmp_path: Path) -> None:
     assert first.exists()
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00002.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00003.safetensors"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "longer", "missing", "empty"])
 def test_ranks_agree_on_the_older_checkpoint(tmp_path: Path, name: str, damage: str) -> None:
     run_ranks(4, save, tmp_path, 2, 1)
@@ -225,6 +225,26 @@ def test_ranks_agree_on_the_older_checkpoint(tmp_path: Path, name: str, damage: 
     assert str(path) in line
     assert "\n" not in line
     assert [lines for _, lines in results[1:]] == [[], []]
+
+
+def load_from_a_failing_disk(directory: Path) -> int | None:
+    """Load while rank 1's reads of step 2 fail, after the files passed their checks."""
+    if dist.get_rank() == 1:
+        opened = storage.safe_open
+
+        def failing(path: Path, framework: str):
+            if "step-00000002" in str(path):
+                raise SafetensorError("Error while reading")
+            return opened(path, framework=framework)
+
+        storage.safe_open = failing
+    return load(directory, 2)
+
+
+def test_a_disk_that_fails_while_loading(tmp_path: Path) -> None:
+    for step in (1, 2):
+        run_ranks(4, save, tmp_path, 2, step)
+    assert run_ranks(4, load_from_a_failing_disk, tmp_path) == [1] * 4
 
 
 def test_refused_checkpoints_neither_count_nor_block(tmp_path: Path) -> None:
