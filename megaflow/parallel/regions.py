@@ -1,7 +1,7 @@
 """Collectives over the tensor-parallel ranks, and the two that stand alone inside a backward pass.
 
 Outside a cut layer activations are `[S, B, H]`: whole on every rank or, under sequence parallelism, cut along S
-(Korthikanti et al., 2022). Each function returns its input where there is one tensor-parallel rank.
+(Korthikanti et al., 2022).
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatte
 class _ReduceFromTensorRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parallel: ParallelContext) -> Tensor:
-        return all_reduce(x.clone(), parallel).wait()
+        ctx.mark_dirty(x)
+        return all_reduce(x, parallel).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -74,7 +75,7 @@ class _ReduceScatterToSequenceRegion(torch.autograd.Function):
 def leave_tensor_region(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Sum the ranks' partial results `[S, B, H]`; under sequence parallelism each rank keeps its part of S.
 
-    Backward, the gradient passes unchanged, or is gathered along S.
+    Without it the sum overwrites x. Backward, the gradient passes unchanged, or is gathered along S.
     """
     if parallel.tp == 1:
         return x

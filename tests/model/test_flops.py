@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaflow.config import ModelConfig
+from megaflow.kernels.dispatch import select_ops
 from megaflow.model.flops import flops_per_token, num_parameters
-from tests.tiny import tiny_config, tiny_model
+from megaflow.model.llama import Llama
+from megaflow.parallel.mesh import ParallelContext
+from tests.tiny import make_batch, tiny_config, tiny_model
 
 SEVEN_B = ModelConfig(hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, vocab_size=32000)
 SEVENTY_B = ModelConfig(
@@ -33,13 +37,6 @@ def test_operations_of_llama_2() -> None:
 
 def test_operations_of_a_model() -> None:
     """Counted while it runs on an explicit mask, where all of the attention is computed."""
-    import torch
-
-    from megaflow.kernels.dispatch import select_ops
-    from megaflow.model.llama import Llama
-    from megaflow.parallel.mesh import ParallelContext
-    from tests.tiny import make_batch
-
     config = tiny_config(vocab_size=192)
     model = Llama(config, ParallelContext.single(), select_ops("cpu", torch.float32, {"attention": "reference"}))
     with FlopCounterMode(display=False) as counter:
