@@ -69,7 +69,10 @@ def test_every_setting_has_help() -> None:
         ("train.stpes=5", ["train.stpes", "unknown key", "'steps'"]),
         ("trian.steps=5", ["trian", "unknown key", "'train'"]),
         ("data.groups.en.sources.wiki_en.pth=x", ["pth", "unknown key", "'path'"]),
-        ("data.schedule={knots: [{at: 0, weights: {en: 1, zh: 0}, pacng: step}]}", ["pacng", "unknown key", "'pacing'"]),
+        (
+            "data.schedule={knots: [{at: 0, weights: {en: 1, zh: 0}, pacng: step}]}",
+            ["pacng", "unknown key", "'pacing'"],
+        ),
         ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),
         ("train.steps=many", ["train.steps", "'many'", "valid integer"]),
         ("train.steps=true", ["train.steps", "True"]),

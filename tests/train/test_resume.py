@@ -1,0 +1,186 @@
+"""Runs that are killed, stopped, resumed and moved to another layout are the runs they would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megaflow.train.loop as loop
+from megaflow.checkpoint.store import open_checkpoint
+from megaflow.config import Config
+from megaflow.data.ledger import build_sampler, read_ledger
+from megaflow.errors import UserError
+from megaflow.parallel.mesh import ParallelContext
+from megaflow.train.run import plan_run
+from megaflow.train.samples import SampleId, read_samples
+from tests.distributed import RankError, run_ranks
+
+MakeConfig = Callable[..., Config]
+
+
+def run(config: Config, world: int = 1, kill: tuple[int, int, signal.Signals] | None = None) -> None:
+    """Trains on forked ranks; `kill` sends a signal to a rank as a step begins."""
+
+    def rank_main() -> None:
+        if world == 1:
+            ctx = ParallelContext.single()
+        else:
+            ctx = ParallelContext.create(config.parallel.tp, config.parallel.sequence_parallel, "cpu")
+        planned = plan_run(config, torch.device("cpu"))
+        step_function = loop.train_step
+
+        def step_with_kill(*args: Any) -> Any:
+            if kill is not None and (ctx.rank, planned.sampler.step) == kill[:2]:
+                os.kill(os.getpid(), kill[2])
+            return step_function(*args)
+
+        loop.train_step = step_with_kill
+        loop.train(planned, ctx)
+
+    run_ranks(world, rank_main, timeout=90)
+
+
+def killed(config: Config, world: int, rank: int, step: int) -> None:
+    with pytest.raises(RankError):
+        run(config, world, (rank, step, signal.SIGKILL))
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(Path(config.run_dir) / "checkpoints")
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def losses(config: Config) -> list[tuple[int, float]]:
+    records = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
+
+
+def planned_samples(config: Config) -> dict[int, list[SampleId]]:
+    """What the ledger says every step consists of."""
+    sampler = build_sampler(read_ledger(Path(config.run_dir) / "ledger.json"))
+    plans = [sampler.plan() for _ in range(config.train.steps)]
+    return {
+        plan.step: list(
+            zip(plan.deck.source.tolist(), plan.deck.epoch.tolist(), plan.deck.window.tolist(), strict=True)
+        )
+        for plan in plans
+    }
+
+
+def assert_bitwise_equal(a: Config, b: Config) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(("world", "tp", "precision"), [(1, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")])
+def test_killed_twice_and_resumed_is_bit_identical(
+    make_config: MakeConfig, world: int, tp: int, precision: str
+) -> None:
+    """Across an epoch's edge: the packed sources last a few steps only."""
+    settings = {"parallel__tp": tp, "train__precision": precision, "parallel__sequence_parallel": tp > 1}
+    whole, broken = make_config("whole", **settings), make_config("broken", **settings)
+    run(whole, world)
+    killed(broken, world, rank=world - 1, step=7)
+    assert [path.name for path in sorted(Path(broken.run_dir).glob("checkpoints/*"))] == ["step-00000004"]
+    killed(broken, world, rank=0, step=11)
+    run(broken, world)
+    assert_bitwise_equal(whole, broken)
+    assert losses(broken) == losses(whole)
+    assert [step for step, _ in losses(broken)] == list(range(1, 13))
+    samples = read_samples(Path(broken.run_dir))
+    assert samples == read_samples(Path(whole.run_dir)) == planned_samples(whole)
+    assert max(epoch for ids in samples.values() for _, epoch, _ in ids) >= 1
+
+
+def test_resumed_on_other_layouts_consumes_the_same_order(make_config: MakeConfig) -> None:
+    """tp 2 x dp 2, killed; tp 1 x dp 4 with another micro-batch, killed; one process to the end."""
+    whole = make_config("whole")
+    run(whole)
+    layouts = [
+        (4, {"parallel__tp": 2, "parallel__sequence_parallel": True}, 6),
+        (4, {"train__micro_batch_size": 1}, 11),
+        (1, {"train__micro_batch_size": 4}, None),
+    ]
+    for world, changes, kill_step in layouts:
+        config = make_config("moved", **changes)
+        if kill_step:
+            killed(config, world, rank=1, step=kill_step)
+        else:
+            run(config, world)
+    assert read_samples(Path(config.run_dir)) == read_samples(Path(whole.run_dir)) == planned_samples(whole)
+    for (_, ours), (_, theirs) in zip(losses(config), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_and_stops_all(make_config: MakeConfig, number: signal.Signals) -> None:
+    whole, stopped = make_config("whole"), make_config("stopped")
+    run(whole, 2)
+    run(stopped, 2, (1, 6, number))
+    last = losses(stopped)[-1][0]
+    assert 6 <= last < 12
+    assert open_checkpoint(Path(stopped.run_dir) / "checkpoints").manifest.step == last
+    run(stopped, 2)
+    assert_bitwise_equal(whole, stopped)
+
+
+def test_lengthening_a_run_does_not_reshuffle(make_config: MakeConfig) -> None:
+    whole = make_config("whole")
+    run(whole)
+    run(make_config("longer", train__steps=5))
+    longer = make_config("longer")
+    run(longer)
+    assert read_samples(Path(longer.run_dir)) == read_samples(Path(whole.run_dir))
+
+
+def test_a_finished_run_does_nothing_more(make_config: MakeConfig) -> None:
+    config = make_config("short", train__steps=2)
+    run(config)
+    before = (Path(config.run_dir) / "metrics.jsonl").read_bytes()
+    run(config)
+    assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data__seed": 1}, ["data.seed", "1 differs from 0"]),
+        ({"train__global_batch_size": 16}, ["train.global_batch_size", "16 differs from 8"]),
+        (
+            {"model": {"hidden_size": 64, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}},
+            ["model.hidden_size", "64 differs from 32"],
+        ),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(make_config: MakeConfig, change: dict[str, Any], words: list[str]) -> None:
+    run(make_config("first", train__steps=2))
+    if "model" in change:
+        tree = make_config("first").model_dump()
+        changed = Config.model_validate(tree | change)
+    else:
+        changed = make_config("first", **change)
+    with pytest.raises(UserError) as caught:
+        plan_run(changed, torch.device("cpu"))
+    assert [word for word in [*words, "new run_dir"] if word not in str(caught.value)] == []
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_config: MakeConfig) -> None:
+    whole, damaged = make_config("whole"), make_config("damaged")
+    run(whole)
+    killed(damaged, 1, rank=0, step=10)
+    newest = Path(damaged.run_dir) / "checkpoints" / "step-00000008"
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run(damaged)
+    assert_bitwise_equal(whole, damaged)
+    assert read_samples(Path(damaged.run_dir)) == read_samples(Path(whole.run_dir))
