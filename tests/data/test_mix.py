@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaflow.data import native
 from megaflow.data.counts import quota
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.order import deal
 from megaflow.data.plan import count_micro_batches
 from megaflow.data.schedule import CLOCKS, ONE, CompiledSchedule, Knot, compile_knots, weights_from_decimals
 from megaflow.errors import UserError
-from tests.data.sampler_oracle import OracleSampler, share
+from tests.data.sampler_oracle import OracleSampler, share, weights_at
 
 GOLDEN = json.loads((Path(__file__).parent / "sampler_golden.json").read_text(encoding="utf-8"))["run"]
 both = pytest.mark.parametrize("use_native", [False, True], ids=["numpy", "native"])
@@ -129,6 +130,20 @@ def test_the_safety_valve_repays_an_abrupt_switch(use_native):
 
 
 @both
+def test_a_group_that_is_off_is_owed_until_it_returns(use_native):
+    groups = [GroupSpec(name, (SourceSpec(name, 100, 100),), (ONE,)) for name in "abc"]
+    schedule = compile_knots("steps", [Knot(0, [1, 1, 0]), Knot(2, [1, 1, 2], "const")])
+    sampler = Sampler(1, 4, 8, groups, schedule, use_native)
+    state = sampler.state_dict()
+    for group, residual in zip(state["groups"], (-ONE // 2, -ONE, 3 * ONE // 2), strict=True):
+        group["residual"] = residual
+    sampler.load_state_dict(state)
+    plans = [sampler.plan() for _ in range(3)]
+    assert [plan.group_counts[2] for plan in plans] == [0, 0, 3]
+    assert [plan.corrections for plan in plans] == [0, 0, 1]
+
+
+@both
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_replay_equals_planning(use_native, clock):
     sampler = golden_sampler(
@@ -144,14 +159,34 @@ def test_replay_equals_planning(use_native, clock):
     assert sampler.replay(0) == {k: v for k, v in sampler.state_dict().items() if k != "digest"}
 
 
-def test_a_long_replay_on_a_clock_beyond_64_bits_times_weights():
-    sampler = golden_sampler()
-    if not sampler.use_native:
-        pytest.skip("the host library is not built")
-    schedule = compile_knots("tokens", [Knot(0, [1, 2, 3, 1]), Knot(10**14, [3, 1, 1, 2])])
-    state = golden_sampler(schedule=schedule, seq_length=4096).replay(300_000)
+def test_a_long_replay_stays_exact():
+    if native.library() is None:
+        pytest.skip(native.status())
+    state = golden_sampler().replay(300_000)
     assert sum(s["consumed"] for g in state["groups"] for s in g["sources"]) == 300_000 * GOLDEN["B"]
     assert sum(group["residual"] for group in state["groups"]) == 0
+
+
+@pytest.mark.parametrize("clock", ["tokens", "documents"])
+def test_clocks_far_beyond_64_bits_times_weights_are_exact(clock):
+    """10**15 on the clock times a weight of 2**32, and sequences times documents, both overflow 64 bits."""
+    schedule = compile_knots(clock, [Knot(10**9, [1, 2, 3, 1]), Knot(10**16, [30, 1, 2, 5])])
+    plans = []
+    for use_native in (False, True):
+        groups = golden_groups()
+        groups[2] = GroupSpec(
+            "zh", tuple(SourceSpec(s.name, 2**33, 2**40) for s in groups[2].sources), groups[2].weights
+        )
+        sampler = golden_sampler(use_native, groups=groups, schedule=schedule, seq_length=4096)
+        state = sampler.state_dict()
+        state["groups"][2]["sources"][0]["consumed"] = 10**12
+        sampler.load_state_dict(state)
+        plan = sampler.plan()
+        assert plan.clock == (10**12 * 4096 if clock == "tokens" else 10**12 * 2**40 // 2**33)
+        knots = [(x, list(weights)) for x, weights in schedule.knots]
+        assert plan.weights == weights_at(knots, plan.clock)
+        plans.append((plan.weights, plan.counts, plan.digest, deck_rows(plan)))
+    assert plans[0] == plans[1]
 
 
 @both

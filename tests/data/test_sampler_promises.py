@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaflow.data import native
 from megaflow.data.counts import quota
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.plan import count_micro_batches
@@ -286,7 +287,7 @@ def test_a_70_30_batch_leaves_no_rank_with_a_single_stream():
 
 def test_rounding_does_not_accumulate_over_ten_million_sequences():
     sampler = two_groups(batch=64, weights=["0.7", "0.3"])
-    state = sampler.replay(10_000_000 // 64 if sampler.use_native else 20_000)
+    state = sampler.replay(10_000_000 // 64 if native.library() else 20_000)
     total = state["step"] * 64
     weights = weights_from_decimals(["0.7", "0.3"])
     for group, weight in zip(state["groups"], weights, strict=True):
