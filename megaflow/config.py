@@ -173,7 +173,7 @@ class ScheduleConfig(Section):
         if ramp == (self.knots is not None) or (self.initial is None) != (self.final is None):
             raise ValueError("has neither or both of its forms; give either `initial` and `final`, or `knots`")
         if ramp and self.grow is None and self.clock == "documents":
-            raise ValueError("the documents clock needs `grow`; a share of the run is not known in documents beforehand")
+            raise ValueError("the documents clock needs `grow`; the run's length in documents is not known beforehand")
         if self.knots is not None:
             moments = [knot.at for knot in self.knots]
             if not moments or moments[0] != 0 or any(b <= a for a, b in pairwise(moments)):

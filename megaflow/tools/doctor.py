@@ -56,7 +56,8 @@ def _gpus() -> str:
         return "none: everything runs on the CPU"
     count = torch.cuda.device_count()
     properties = torch.cuda.get_device_properties(0)
-    return f"{count} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{count} x {properties.name}, {memory}, sm_{properties.major}{properties.minor}"
 
 
 def _version(distribution: str, package: str, purpose: str) -> str:

@@ -64,9 +64,7 @@ def unigram_losses(run: Path) -> dict[str, float]:
 
     config = load_config(run / "config.yaml")
     named = [(name, source.path) for group in config.data.groups.values() for name, source in group.sources.items()]
-    found = {
-        name: unigram_loss(path, config.data.seq_length, config.train.eval_sequences) for name, path in named
-    }
+    found = {name: unigram_loss(path, config.data.seq_length, config.train.eval_sequences) for name, path in named}
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
@@ -97,7 +95,7 @@ def _draw_losses(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any
             steps, losses = zip(*points, strict=True)
             axis.plot(steps, losses, color=colours[name], alpha=0.25, linewidth=0.8)
             axis.plot(steps, smooth(losses), color=colours[name], label=name)
-    axis.set(title="training loss by source (thin: each record, thick: smoothed)", xlabel="step", ylabel="nats per token")
+    axis.set(title="training loss by source (thick: smoothed)", xlabel="step", ylabel="nats per token")
     axis.legend()
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "demo" / "tokenizer.model"
 SEQ_LENGTH = 32
 WORDS = {
-    "en": "the a dog cat sat on mat and ran far home sun sea old man".split(),
+    "en": ["the", "a", "dog", "cat", "sat", "on", "mat", "and", "ran", "far", "home", "sun", "sea", "old", "man"],
     "zh": list("我你他们今天去公园看书学习中国人很好大小"),
 }
 

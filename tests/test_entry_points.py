@@ -1,0 +1,92 @@
+"""The programs as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=120)
+
+
+def test_help_of_every_command_needs_no_torch() -> None:
+    script = """
+import sys
+from typer.testing import CliRunner
+from megaflow.tools.cli import app
+for command in ("prepare", "config", "doctor", "plot", "generate", "export"):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output, command
+heavy = {"torch", "transformers", "matplotlib", "pyarrow", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = start("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_doctor_names_every_op_and_accelerator() -> None:
+    done = start("-m", "megaflow.tools.cli", "doctor", "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    names = ("Python", "torch", "GPU", "host library", "triton", "flash-attn", "apex")
+    ops = ("op rms_norm", "op rotary", "op swiglu", "op attention", "op cross_entropy")
+    assert [
+        name for name in (*names, *ops) if not any(line.startswith(name) for line in done.stdout.splitlines())
+    ] == []
+
+
+def test_pretrain_help_lists_the_settings() -> None:
+    done = start("megaflow/pretrain.py", "--help")
+    assert done.returncode == 0
+    assert "optim.lr" in done.stdout
+    assert "Peak learning rate" in done.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wrong_config_is_one_line_said_once_and_exit_code_2(rank: int, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run_dir: x\nmodle: {}\n")
+    done = start("megaflow/pretrain.py", "--config", str(tmp_path / "c.yaml"), RANK=str(rank), WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    if rank == 0:
+        assert any("modle: unknown key; did you mean 'model'?" in line for line in lines)
+        assert all(line.startswith("error: ") for line in lines)
+    else:
+        assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plot", "nowhere"), "nowhere/metrics.jsonl"),
+        (("config", "nowhere.yaml"), "nowhere.yaml"),
+        (("generate", "nowhere", "--prompt", "x"), "nowhere"),
+        (("export", "nowhere", "out"), "nowhere"),
+        (
+            ("prepare", "out", "nowhere.jsonl", "--tokenizer", "configs/demo/tokenizer.model", "--language", "en"),
+            "nowhere.jsonl",
+        ),
+        (("doctor", "--precision", "fp8"), "fp8"),
+    ],
+)
+def test_commands_refuse_in_one_line(arguments: tuple[str, ...], words: str) -> None:
+    done = start("-m", "megaflow.tools.cli", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_config_prints_what_it_reads_back(tmp_path: Path) -> None:
+    listed = start("-m", "megaflow.tools.cli", "config")
+    assert listed.returncode == 0
+    assert "data.schedule.grow_fraction" in listed.stdout
