@@ -235,7 +235,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD)
-def test_bad_lines_are_counted_and_named(tmp_path: Path, options: PrepareOptions, line: bytes, reason: str) -> None:
+def test_bad_lines_are_counted_and_named(
+    tmp_path: Path, options: PrepareOptions, line: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)  # lines are counted over chunks
     good = [json.dumps({"text": text}).encode() for text in texts(99)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([*good[:40], line, *good[40:]]))
@@ -383,3 +386,12 @@ def test_contradictions_are_refused(tmp_path: Path, sp_model: Path, arguments: d
         prepare(tmp_path / "c", **{"inputs": inputs, "tokenizer": sp_model, "language": "en", **arguments})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_demo_corpus_is_small_and_its_sources_are_named() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "demo"
+    named = (folder / "SOURCES.md").read_text(encoding="utf-8")
+    files = [path for path in folder.iterdir() if path.suffix in (".zst", ".model")]
+    assert len(files) == 5
+    assert sum(path.stat().st_size for path in files) <= 3_000_000
+    assert all(f"`{path.name}`" in named for path in files)
