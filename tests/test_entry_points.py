@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOKENIZER = str(ROOT / "configs" / "demo" / "tokenizer.model")
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +73,7 @@ def test_a_wrong_config_is_one_line_said_once_and_exit_code_2(rank: int, tmp_pat
         (("generate", "nowhere", "--prompt", "x"), "nowhere"),
         (("export", "nowhere", "out"), "nowhere"),
         (
-            ("prepare", "out", "nowhere.jsonl", "--tokenizer", "configs/demo/tokenizer.model", "--language", "en"),
+            ("prepare", "out", "nowhere.jsonl", "--tokenizer", TOKENIZER, "--language", "en"),
             "nowhere.jsonl",
         ),
         (("doctor", "--precision", "fp8"), "fp8"),

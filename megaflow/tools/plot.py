@@ -84,8 +84,9 @@ def _draw_ratios(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any
         planned = [record["groups"][name]["planned"] for record in train]
         axis.plot(steps, achieved, ".", color=colours[name], markersize=4, alpha=0.5)
         axis.plot(steps, planned, color=colours[name], label=name)
-    axis.set(title="share of the batch: planned (line), achieved (dots)", xlabel="step", ylim=(0, None))
-    axis.legend()
+    axis.set(title="share of the batch: planned (line), achieved (dots)", xlabel="step")
+    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
+    axis.legend(loc="upper center", ncols=4)
 
 
 def _draw_losses(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
