@@ -62,7 +62,7 @@ class Report:
         self.speed = Speed(config, ctx)
         self.interval = torch.zeros_like(state.totals.values)
         self.planned = [0] * len(sampler.groups)
-        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
         if self.is_main:
             self.log = MetricsLog(Path(config.run_dir), sampler.step, config.train.tensorboard)
             self.display = Display(config.train.steps, sampler.step)
@@ -78,6 +78,7 @@ class Report:
         self.state.totals.values += outcome.totals
         self.interval += outcome.totals
         self.planned = [a + b for a, b in zip(self.planned, plan.weights, strict=True)]
+        self.corrections += plan.corrections
         self.steps += 1
         self.seconds += seconds
         self.data_seconds += data_seconds
@@ -88,7 +89,7 @@ class Report:
             self._write(plan, lr, float(outcome.grad_norm))
         self.interval.zero_()
         self.planned = [0] * len(self.planned)
-        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
 
     def _write(self, plan: StepPlan, lr: float, grad_norm: float) -> None:
         rows, run_rows = self.interval.tolist(), self.state.totals.values.tolist()
@@ -114,6 +115,7 @@ class Report:
             "grad_norm": grad_norm,
             "skipped_steps": self.state.skipped_steps,
             "tokens": sum(source["tokens"] for source in sources.values()),
+            "corrections": self.corrections,
             "digest": f"{plan.digest:016x}",
             "groups": self._groups(sources, total[SEQUENCES]),
             "sources": sources,
