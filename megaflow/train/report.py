@@ -67,6 +67,17 @@ class Report:
             self.log = MetricsLog(Path(config.run_dir), sampler.step, config.train.tensorboard)
             self.display = Display(config.train.steps, sampler.step)
             self.say(f"MFU against {self.speed.peak:.4g} TFLOP/s: {self.speed.peak_name}")
+            self.log.write(
+                {
+                    "kind": "launch",
+                    "step": sampler.step,
+                    "time": time.time(),
+                    "torch": torch.__version__,
+                    "device": str(ctx.device.type),
+                    "layout": {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp},
+                    "peak": {"tflops": self.speed.peak, "name": self.speed.peak_name},
+                }
+            )
 
     def say(self, line: str) -> None:
         """Prints a line on the main rank, above the progress bar where there is one."""
