@@ -39,9 +39,9 @@ demo: $(READY)
 	$(BIN)/megaflow prepare $(RUN)-data/en configs/demo/en.jsonl.zst $(TOKENIZER) --language en
 	$(BIN)/megaflow prepare $(RUN)-data/zh configs/demo/zh.jsonl.zst $(TOKENIZER) --language zh
 	$(BIN)/megaflow prepare $(RUN)-data/parallel configs/demo/parallel.jsonl.zst $(TOKENIZER) --language en-zh \
-		--kind parallel --seq-length 128
+		--kind parallel --seq-length 256
 	$(BIN)/megaflow prepare $(RUN)-data/instruction configs/demo/instruction.jsonl.zst $(TOKENIZER) --language en-zh \
-		--kind instruction --seq-length 128 --loss response
+		--kind instruction --seq-length 256 --loss response
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 megaflow/pretrain.py --config configs/demo.yaml
 	$(BIN)/megaflow generate $(RUN) --prompt "The old man looked at"
 	$(BIN)/megaflow generate $(RUN) --prompt "中国的"
