@@ -17,6 +17,9 @@ from megaflow.kernels.backend import Backend
 IGNORED = -100
 """The label of a token that carries no loss."""
 
+CACHED_LOGITS = 2**18
+"""Logits that a CPU takes at a time, so that the passes over them find them in its cache."""
+
 
 def reference(
     logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, group: dist.ProcessGroup | None = None
@@ -26,6 +29,8 @@ def reference(
     logits: `[T, V_local]`, the columns `vocab_start ...` of the whole vocabulary; columns from `valid_vocab` on are
     padding and take no part. labels: `[T]`, ids of the whole vocabulary. group: the ranks that hold the other
     columns, in the order of the vocabulary; None where this rank has all of them.
+
+    The backward pass overwrites logits by their gradient: another tensor of this size costs as much as the arithmetic.
     """
     return _CrossEntropy.apply(logits, labels, vocab_start, valid_vocab, group)
 
@@ -44,7 +49,10 @@ class _CrossEntropy(torch.autograd.Function):
         column = labels - vocab_start
         here = (column >= 0) & (column < width)
         column = torch.where(here, column, 0)
-        maximum, total, target = _merge(_shard_statistics(logits[:, :width], column, here), group)
+        statistics = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
+        for rows in _row_blocks(logits):
+            statistics[:, rows] = _shard_statistics(logits[rows, :width], column[rows], here[rows])
+        maximum, total, target = _merge(statistics, group)
         logsumexp = maximum + total.log()
         ctx.save_for_backward(logits, logsumexp, column, here, labels != IGNORED)
         ctx.width = width
@@ -53,17 +61,25 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, logsumexp, column, here, counted = ctx.saved_tensors
-        grad_loss = torch.where(counted, grads[0], 0.0)[:, None]
-        wide = logits[:, : ctx.width].float()
-        probability = (wide - logsumexp[:, None]).exp_() if wide.numel() else wide
-        if wide.numel():
-            probability.scatter_add_(1, column[:, None], -here[:, None].to(probability.dtype))
-        probability *= grad_loss
-        if ctx.width == logits.shape[1]:
-            return probability.to(logits.dtype), None, None, None, None
-        grad_logits = torch.zeros_like(logits)
-        grad_logits[:, : ctx.width] = probability
+        grad_logits = logits.detach()
+        grad_loss = torch.where(counted, grads[0], 0.0)
+        grad_logits[:, ctx.width :] = 0.0
+        for rows in _row_blocks(grad_logits) if ctx.width else ():
+            block = grad_logits[rows, : ctx.width]
+            wide = block.float()  # the block itself where logits are fp32
+            wide.sub_(logsumexp[rows, None]).exp_()
+            wide.scatter_add_(1, column[rows, None], -here[rows, None].float())
+            wide.mul_(grad_loss[rows, None])
+            if wide is not block:
+                block.copy_(wide)
         return grad_logits, None, None, None, None
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """The rows in blocks that fit a CPU's cache; in one on other devices."""
+    rows, width = logits.shape
+    size = max(CACHED_LOGITS // width, 1) if logits.device.type == "cpu" else max(rows, 1)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _shard_statistics(logits: Tensor, column: Tensor, here: Tensor) -> Tensor:

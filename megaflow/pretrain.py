@@ -1,7 +1,7 @@
 """Trains a model: `torchrun --nproc-per-node N megaflow/pretrain.py --config FILE [section.key=value ...]`.
 
 The whole job in order: read and check the config, join the process group, train, leave. Exit codes: 0 done or stopped
-by a signal after saving, 2 the config or a file is wrong (one line on the standard error of rank 0).
+by a signal after saving, 2 the config or a file is wrong (one line on the standard error of rank 0), 130 interrupted twice.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def main() -> int:
         else:
             time.sleep(3)  # torchrun ends all ranks when one leaves: rank 0 leaves first, having spoken
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -92,7 +92,7 @@ def plan_run(config: Config, device: torch.device) -> Run:
     entry = first_entry(config, sources)
     path = Path(config.run_dir) / "ledger.json"
     is_new = not path.exists()
-    if is_new and (Path(config.run_dir) / "checkpoints").is_dir():
+    if is_new and any(Path(config.run_dir).glob("checkpoints/step-*")):
         raise UserError(
             f"run_dir: {config.run_dir} has checkpoints but no ledger.json; restore it or give a new folder"
         )

@@ -126,17 +126,21 @@ def test_cached_attention_is_the_end_of_the_whole(new: int, old: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "valid"), [(10, 10), (16, 11)])
-def test_cross_entropy(width: int, valid: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cached", [4, 3 * 16, 2**18])
+def test_cross_entropy(
+    width: int, valid: int, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", cached)
     logits = (torch.randn(9, width) * 4).to(dtype).requires_grad_()
     labels = torch.randint(valid, (9,))
     labels[::3] = -100
     weight = torch.rand(9)
 
-    losses = cross_entropy.reference(logits, labels, 0, valid)
-    (grad,) = torch.autograd.grad((losses * weight).sum(), logits)
     wide = logits.detach().double()[:, :valid].requires_grad_()
     expected = F.cross_entropy(wide, labels, reduction="none")
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), wide)
+    losses = cross_entropy.reference(logits, labels, 0, valid)
+    (grad,) = torch.autograd.grad((losses * weight).sum(), logits)
 
     assert losses.dtype == torch.float32
     assert close(losses, expected.detach())

@@ -26,8 +26,9 @@ from tests.distributed import run_ranks
 
 def run(config: Config, world: int) -> str:
     def rank_main() -> None:
+        planned = plan_run(config, torch.device("cpu"))
         ctx = ParallelContext.single() if world == 1 else ParallelContext.create(config.parallel.tp, False, "cpu")
-        train(plan_run(config, torch.device("cpu")), ctx)
+        train(planned, ctx)
 
     run_ranks(world, rank_main)
     return config.run_dir
