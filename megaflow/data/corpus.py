@@ -18,6 +18,7 @@ import struct
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ CHUNK = 1 << 20
 """Index entries written at a time."""
 
 Int64Array = npt.NDArray[np.int64]
+Verify = Literal["off", "lazy", "full"]
+"""When blocks are held against the manifest's checksums: never, when they are first read, or all of them at opening."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -66,7 +69,7 @@ class Corpus:
         self._mask = _map(corpus_path(prefix, "mask"), np.dtype("u1")) if "mask" in manifest.blocks else None
 
     @classmethod
-    def open(cls, prefix: str | Path) -> Corpus:
+    def open(cls, prefix: str | Path, verify: Verify = "lazy") -> Corpus:
         """Open `<prefix>.bin`, `.idx` and `.json`, checking the header's arithmetic and the files' sizes.
 
         Raises:

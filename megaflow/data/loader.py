@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch
 from megaflow.data.mix import Sampler
 from megaflow.data.packing import cumulative_lengths, restarting_positions
 from megaflow.data.plan import StepPlan, count_micro_batches
-from megaflow.data.sources import Source, open_heldout
+from megaflow.data.sources import Source
 
 Card = tuple[int, int, int]
 """Card of the step's deck, epoch and window of its source."""
@@ -112,8 +111,7 @@ class Loader:
 
 
 def heldout_batches(
-    prefix: str | Path,
-    seq_length: int,
+    held: Source,
     micro_batch_size: int,
     dp: int = 1,
     dp_rank: int = 0,
@@ -121,14 +119,11 @@ def heldout_batches(
     document_boundaries: bool = True,
     source: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's share of the documents held out of the corpus at `prefix`, in order; nothing if there are none.
+    """This rank's share of the windows of `held` (see `open_heldout`), in order.
 
     Windows go round the ranks, the last batch may be smaller. Over all ranks each label of the held-out documents comes
     exactly once (the first `max_windows` windows of them, if given). `source` fills `Batch.sources`.
     """
-    held = open_heldout(str(prefix), prefix, seq_length)
-    if held is None:
-        return
     windows = held.num_windows if max_windows is None else min(max_windows, held.num_windows)
     mine = range(dp_rank, windows, dp)
     for i in range(0, len(mine), micro_batch_size):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megaflow.data.corpus import Corpus, Int64Array, corpus_path
+from megaflow.data.corpus import Corpus, Int64Array, Verify, corpus_path
 from megaflow.data.order import window_offset
 from megaflow.data.packing import IGNORE, inner_starts, lengths_between
 from megaflow.errors import UserError
@@ -147,33 +147,39 @@ def _repack_command(corpus: Corpus, seq_length: int) -> str:
     return command if "--overwrite" in command else f"{command} --overwrite"
 
 
-def open_source(name: str, prefix: str | Path, seq_length: int, seed: int) -> Source:
+def open_source(name: str, prefix: str | Path, seq_length: int, seed: int, verify: Verify = "lazy") -> Source:
     """Open the corpus at `prefix` as training source `name`.
 
     Raises:
         UserError: the corpus is missing, damaged, too short, or packed for another sequence length.
     """
-    corpus = Corpus.open(prefix)
+    corpus = Corpus.open(prefix, verify)
     if corpus.manifest.kind == "text":
         return TextSource(name, corpus, seq_length, seed)
     return PackedSource(name, corpus, seq_length)
 
 
-def open_sources(prefixes: Mapping[str, str | Path], seq_length: int, seed: int) -> list[Source]:
+def open_sources(
+    prefixes: Mapping[str, str | Path], seq_length: int, seed: int, verify: Verify = "lazy"
+) -> list[Source]:
     """Open every source of a run, in order, and check that they go together.
 
     Raises:
         UserError: as `open_source`; or two of them were made with different tokenizers.
     """
-    sources = [open_source(name, prefix, seq_length, seed) for name, prefix in prefixes.items()]
+    sources = [open_source(name, prefix, seq_length, seed, verify) for name, prefix in prefixes.items()]
     for source in sources[1:]:
-        first, other = sources[0].corpus.manifest.tokenizer, source.corpus.manifest.tokenizer
-        if (first.sha256, first.probe) != (other.sha256, other.probe):
-            raise UserError(
-                f"sources {sources[0].name} and {source.name} were made with different tokenizers "
-                f"({first.path}, {other.path}); prepare one of them again with the other's"
-            )
+        _check_tokenizers(sources[0], source)
     return sources
+
+
+def _check_tokenizers(one: Source, other: Source) -> None:
+    first, second = one.corpus.manifest.tokenizer, other.corpus.manifest.tokenizer
+    if (first.sha256, first.probe) != (second.sha256, second.probe):
+        raise UserError(
+            f"sources {one.name} ({one.corpus.prefix}) and {other.name} ({other.corpus.prefix}) were made with "
+            f"different tokenizers ({first.path}, {second.path}); prepare one of them again with the other's"
+        )
 
 
 def heldout_prefix(prefix: str | Path) -> Path:
@@ -181,7 +187,7 @@ def heldout_prefix(prefix: str | Path) -> Path:
     return Path(f"{prefix}.heldout")
 
 
-def open_heldout(name: str, prefix: str | Path, seq_length: int) -> Source | None:
+def open_heldout(name: str, prefix: str | Path, seq_length: int, verify: Verify = "lazy") -> Source | None:
     """The documents held out of the corpus at `prefix`, in order; None if its preparation held out none.
 
     Raises:
@@ -190,7 +196,20 @@ def open_heldout(name: str, prefix: str | Path, seq_length: int) -> Source | Non
     held = heldout_prefix(prefix)
     if not corpus_path(held, "json").exists():
         return None
-    corpus = Corpus.open(held)
+    corpus = Corpus.open(held, verify)
     if corpus.manifest.kind == "text":
         return SequentialSource(name, corpus, seq_length)
     return PackedSource(name, corpus, seq_length)
+
+
+def open_heldouts(sources: Sequence[Source], seq_length: int, verify: Verify = "lazy") -> list[Source | None]:
+    """The held-out documents of each source, None for one that has none.
+
+    Raises:
+        UserError: as `open_heldout`; or held-out documents were made with another tokenizer than their source.
+    """
+    heldouts = [open_heldout(source.name, source.corpus.prefix, seq_length, verify) for source in sources]
+    for source, held in zip(sources, heldouts, strict=True):
+        if held is not None:
+            _check_tokenizers(source, held)
+    return heldouts

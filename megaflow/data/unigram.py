@@ -8,6 +8,7 @@ import numpy as np
 
 from megaflow.data.corpus import Corpus
 from megaflow.data.loader import heldout_batches
+from megaflow.data.sources import open_heldout
 
 CHUNK = 2**24  # tokens counted at a time
 
@@ -18,13 +19,16 @@ def unigram_loss(prefix: str | Path, seq_length: int, max_windows: int | None = 
     Token frequencies of the whole training text with one added to each, scored on the labels that evaluation scores
     (the first `max_windows` windows).
     """
+    held = open_heldout(str(prefix), prefix, seq_length)
+    if held is None:
+        return None
     corpus = Corpus.open(prefix)
     counts = np.ones(corpus.manifest.tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, corpus.num_tokens, CHUNK):
         counts += np.bincount(corpus.tokens[start : start + CHUNK], minlength=len(counts))
     losses = np.log(counts.sum()) - np.log(counts)
     total, tokens = 0.0, 0
-    for batch in heldout_batches(prefix, seq_length, 16, max_windows=max_windows):
+    for batch in heldout_batches(held, 16, max_windows=max_windows):
         labels = batch.labels[batch.labels >= 0].numpy()
         total += float(losses[labels].sum())
         tokens += len(labels)

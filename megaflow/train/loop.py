@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.loader import Loader
+from megaflow.data.sources import open_heldouts
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.init import initialise, load_hf_weights
 from megaflow.model.llama import Llama
@@ -68,6 +69,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
     loader = Loader(
         sampler, run.sources, ctx.dp, ctx.dp_rank, config.train.micro_batch_size, config.data.document_boundaries
     )
+    heldouts = open_heldouts(run.sources, config.data.seq_length)
     report = Report(config, state, ctx)
     samples = SampleLog(run.dir, sampler.step, ctx) if config.train.log_samples and ctx.tp_rank == 0 else None
     report.say(
@@ -93,7 +95,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
         if config.train.eval_interval and (
             plan.step % config.train.eval_interval == 0 or plan.step == config.train.steps
         ):
-            report.evaluation(plan.step, evaluate(model, run.sources, config, ctx))
+            report.evaluation(plan.step, evaluate(model, heldouts, config, ctx))
         if last or (config.checkpoint.interval and plan.step % config.checkpoint.interval == 0):
             path = state.save(store)
             report.say(f"step {plan.step}  saved {path}")

@@ -25,6 +25,8 @@ from megaflow.data.sources import (
     Source,
     TextSource,
     heldout_prefix,
+    open_heldout,
+    open_heldouts,
     open_source,
     open_sources,
 )
@@ -253,19 +255,35 @@ def test_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seq_length", [None, 12])
 def test_heldout_batches(tmp_path: Path, seq_length: int | None) -> None:
     prefix = tmp_path / "c"
-    assert list(heldout_batches(prefix, 12, 2)) == []
+    assert open_heldout("c", prefix, 12) is None
     write_corpus(heldout_prefix(prefix), [7, 5, 12, 8, 9, 10, 3], seq_length, masked=True)
-    manifest = Corpus.open(heldout_prefix(prefix)).manifest
-    whole = list(heldout_batches(prefix, 12, 2, source=3))
+    held = open_heldout("c", prefix, 12)
+    assert held is not None
+    manifest = held.corpus.manifest
+    whole = list(heldout_batches(held, 2, source=3))
     labels = torch.cat([batch.labels for batch in whole])
     assert int((labels != -100).sum()) == manifest.loss_tokens
     assert {int(source) for batch in whole for source in batch.sources} == {3}
     assert all(len(batch.tokens) <= 2 for batch in whole)
-    shared = [batch for rank in range(3) for batch in heldout_batches(prefix, 12, 2, dp=3, dp_rank=rank)]
+    shared = [batch for rank in range(3) for batch in heldout_batches(held, 2, dp=3, dp_rank=rank)]
     windows = [(card[2], row.tolist()) for batch in shared for card, row in zip(batch.cards, batch.labels, strict=True)]
     assert [row for _, row in sorted(windows)] == labels.tolist()
-    first = list(heldout_batches(prefix, 12, 2, max_windows=3))
+    first = list(heldout_batches(held, 2, max_windows=3))
     assert torch.equal(torch.cat([batch.labels for batch in first]), labels[:3])
+
+
+def test_heldouts_of_several_sources(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_corpus(tmp_path / name, [20, 30])
+    write_corpus(heldout_prefix(tmp_path / "b"), [20])
+    sources = open_sources({"en": tmp_path / "a", "zh": tmp_path / "b"}, 10, seed=1)
+    none, held = open_heldouts(sources, 10)
+    assert none is None
+    assert held is not None
+    assert (held.name, held.seq_length, held.documents) == ("zh", 10, 1)
+    write_corpus(heldout_prefix(tmp_path / "b"), [20], tokenizer=TOKENIZER.model_copy(update={"sha256": "xy"}))
+    with pytest.raises(UserError, match=r"sources zh .*b\) and zh .*b\.heldout\) were made with different tokenizers"):
+        open_heldouts(sources, 10)
 
 
 def test_packs_for_another_length_are_refused_with_the_command(tmp_path: Path) -> None:
@@ -281,7 +299,7 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "b", [20])
     other = TOKENIZER.model_copy(update={"sha256": "other", "path": "other.model"})
     write_corpus(tmp_path / "c", [20], tokenizer=other)
-    with pytest.raises(UserError, match=r"sources en and zh .*\(t\.model, other\.model\)"):
+    with pytest.raises(UserError, match=r"sources en .* and zh .*\(t\.model, other\.model\)"):
         open_sources({"en": tmp_path / "a", "more": tmp_path / "b", "zh": tmp_path / "c"}, 8, seed=1)
 
 

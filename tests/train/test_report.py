@@ -14,6 +14,7 @@ import torch
 from megaflow.config import Config
 from megaflow.data.corpus import Corpus
 from megaflow.data.loader import heldout_batches
+from megaflow.data.sources import open_heldout
 from megaflow.data.unigram import unigram_loss
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
@@ -83,10 +84,12 @@ def test_heldout_loss_is_the_same_on_every_layout_and_bits_per_byte_follow(make_
 
 def test_unigram_loss_by_hand(corpora: dict[str, Path]) -> None:
     prefix = corpora["instruction"]
+    held = open_heldout("instruction", prefix, 32)
+    assert held is not None
     tokens = torch.from_numpy(Corpus.open(prefix).tokens[:].astype("int64"))
     counts = torch.bincount(tokens, minlength=6000).double() + 1
     log_probabilities = (counts / counts.sum()).log()
-    labels = torch.cat([batch.labels.flatten() for batch in heldout_batches(prefix, 32, 2)])
+    labels = torch.cat([batch.labels.flatten() for batch in heldout_batches(held, 2)])
     expected = -log_probabilities[labels[labels >= 0]].mean()
     assert unigram_loss(prefix, 32) == pytest.approx(float(expected))
 
