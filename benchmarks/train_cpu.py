@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
+import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +40,11 @@ from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.metrics import LOSS, LOSS_TOKENS
 from megaflow.train.step import train_step
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
+from benchmarks.train_cpu_report import class_seconds, cpu_name, draw, markdown, summarise
+
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
 CLIP = 1.0
-CLASSES = ["matmul", "attention", "norm", "rotary", "swiglu", "loss", "optimizer", "other"]
 SCOPES = {"rms_norm": "norm", "cross_entropy": "loss"}
 """Operations whose class of the profile has another name."""
 
@@ -136,20 +138,20 @@ class Transformers:
 
     def __init__(self, shape: Shape, boundaries: bool, fused: bool) -> None:
         model = shape.model
-        config = LlamaConfig(
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            vocab_size=model.vocab_size,
-            rms_norm_eps=model.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            max_position_embeddings=shape.seq_length,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self.model = LlamaForCausalLM(config).train()
+        settings: dict[str, Any] = {
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_heads,
+            "num_key_value_heads": model.num_kv_heads,
+            "vocab_size": model.vocab_size,
+            "rms_norm_eps": model.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+            "max_position_embeddings": shape.seq_length,
+            "use_cache": False,
+            "attn_implementation": "sdpa",
+        }
+        self.model = LlamaForCausalLM(LlamaConfig(**settings)).train()
         self.model.load_state_dict(initial_weights(shape))
         parameters = list(self.model.parameters())
         groups = [
@@ -193,40 +195,37 @@ def initial_weights(shape: Shape) -> dict[str, Tensor]:
     }
 
 
+RIVALS = {
+    "causal": {"transformers": False},
+    "packed documents": {"transformers, no boundaries": False, "transformers, boundaries": True},
+}
+"""Layout, and transformers' ways to train on it: whether attention stays inside documents."""
+
 Step = Callable[[list[Batch]], float]
 
 
 def measure(
     contenders: dict[str, Step], batches: list[Batch], steps: int, tick: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every step after the first, of all contenders in turn, and their losses.
+    """Seconds by the clock and on the CPU of every step after the first, of all contenders in turn, and their losses.
 
     Raises AssertionError if two that compute the same did not begin with the same loss, 1e-5 relative.
     """
-    runs: dict[str, dict[str, Any]] = {name: {"seconds": [], "losses": []} for name in contenders}
+    runs: dict[str, dict[str, Any]] = {name: {"seconds": [], "cpu_seconds": [], "losses": []} for name in contenders}
     for _ in range(steps + 1):
         for name, step in contenders.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             loss = step(batches)
             runs[name]["seconds"].append(time.perf_counter() - start)
+            runs[name]["cpu_seconds"].append(time.process_time() - cpu_start)
             runs[name]["losses"].append(loss)
             tick()
     expected = runs["megaflow"]["losses"][0]
     for name, run in runs.items():
-        run["seconds"] = run["seconds"][1:]  # the first one warms up
+        run["seconds"], run["cpu_seconds"] = run["seconds"][1:], run["cpu_seconds"][1:]  # the first one warms up
         difference = abs(run["losses"][0] / expected - 1)
         assert "no boundaries" in name or difference < 1e-5, f"{name}: first loss differs by {difference:.1e}"
     return runs
-
-
-def summarise(runs: dict[str, dict[str, Any]], tokens: int) -> None:
-    """Adds median, quartiles, tokens/s and the time as a multiple of megaflow's to each run."""
-    ours = statistics.median(runs["megaflow"]["seconds"])
-    for run in runs.values():
-        low, median, high = statistics.quantiles(run["seconds"], n=4, method="inclusive")
-        run |= {"median": median, "quartiles": [low, high], "tokens_per_second": tokens / median}
-        turns = [a / b for a, b in zip(run["seconds"], runs["megaflow"]["seconds"], strict=True)]
-        run |= {"times_megaflow": median / ours, "turns": [min(turns), max(turns)]}
 
 
 def scoped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,28 +248,7 @@ def profile(shape: Shape, batches: list[Batch]) -> dict[str, float]:
     ours.step(batches)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         ours.step(batches)
-    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
-
-    # a node of the backward pass has the sequence number of the last forward operation that began with it
-    classes: dict[int, str | None] = {}
-    seconds = defaultdict(float, dict.fromkeys(CLASSES, 0.0))
-    for event in events:
-        found, node = None, None
-        parent = event
-        while parent is not None:
-            if parent.name.startswith("scope:"):
-                found = parent.name.removeprefix("scope:")
-            elif parent.name.startswith("autograd::engine::evaluate_function"):
-                node = parent
-            parent = parent.cpu_parent
-        if node is not None:
-            found = classes.get(node.sequence_nr)
-        elif event.sequence_nr >= 0:
-            classes[event.sequence_nr] = found
-        if found is None:
-            found = "matmul" if event.name in ("aten::mm", "aten::addmm", "aten::bmm") else "other"
-        seconds[found] += event.self_cpu_time_total / 1e6
-    return dict(seconds)
+    return class_seconds(profiler.events())
 
 
 def fastest_optimizer(shape: Shape) -> dict[str, float]:
@@ -319,77 +297,6 @@ def run_shape(shape: Shape, steps: int, tick: Callable[[], None]) -> dict[str, A
     }
 
 
-RIVALS = {
-    "causal": {"transformers": False},
-    "packed documents": {"transformers, no boundaries": False, "transformers, boundaries": True},
-}
-"""Layout, and transformers' ways to train on it: whether attention stays inside documents."""
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as tables."""
-    lines = [
-        f"# Training step on a CPU, {result['date']}",
-        "",
-        f"{result['cpu']}, {result['threads']} threads; Python {result['python']}, torch {result['torch']}, "
-        f"transformers {result['transformers']} (SDPA attention); fp32. A step is forward, backward, clip and AdamW over "
-        "all micro-batches; contenders take turns step by step.",
-    ]
-    for shape in result["shapes"]:
-        tokens = shape["seq_length"] * shape["micro_batch"] * shape["accumulation"]
-        settings = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in shape["adamw_seconds"].items())
-        lines += [
-            "",
-            f"## {shape['name']}, {shape['parameters'] / 1e6:.1f} M parameters",
-            "",
-            f"{tokens} tokens a step: {shape['accumulation']} micro-batches of {shape['micro_batch']} x "
-            f"{shape['seq_length']}. torch's AdamW: {settings}; transformers runs with the first.",
-            "",
-            "| layout | contender | median s | quartiles | tokens/s | time / megaflow's | least ... most in one turn |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for layout, of_layout in shape["layouts"].items():
-            for name, run in of_layout["runs"].items():
-                low, high = run["quartiles"]
-                least, most = run["turns"]
-                lines.append(
-                    f"| {layout} ({of_layout['documents']}) | {name} | {run['median']:.3f} | {low:.3f} ... {high:.3f} "
-                    f"| {run['tokens_per_second']:.0f} | {run['times_megaflow']:.2f} | {least:.2f} ... {most:.2f} |"
-                )
-        lines += ["", "| megaflow's time, % | " + " | ".join(CLASSES) + " |", "|---" * (len(CLASSES) + 1) + "|"]
-        for layout, of_layout in shape["layouts"].items():
-            total = sum(of_layout["profile"].values())
-            shares = [f"{100 * of_layout['profile'][name] / total:.1f}" for name in CLASSES]
-            lines.append(f"| {layout} | " + " | ".join(shares) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Stacked bars of megaflow's step by class of operation, as shares."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bars = {f"{s['name']}\n{layout}": of["profile"] for s in result["shapes"] for layout, of in s["layouts"].items()}
-    figure, axis = plt.subplots(figsize=(2 + 2.4 * len(bars), 6))
-    heights = dict.fromkeys(bars, 0.0)
-    for name in CLASSES:
-        shares = {bar: 100 * profile[name] / sum(profile.values()) for bar, profile in bars.items()}
-        axis.bar(list(bars), list(shares.values()), bottom=list(heights.values()), width=0.6, label=name)
-        heights = {bar: heights[bar] + shares[bar] for bar in bars}
-    axis.set(ylabel="% of the step", title=f"megaflow's training step on {result['cpu']}, {result['threads']} threads")
-    axis.legend(*(reversed(part) for part in axis.get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
 def main(
     steps: Annotated[int, typer.Option(min=2, help="measured steps of each contender")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice")] = 0,
@@ -410,10 +317,10 @@ def main(
         "shapes": [],
     }
     turns = sum(len(rivals) + 1 for rivals in RIVALS.values()) * (steps + 1) + len(RIVALS)
-    with Progress() as progress:
+    with Progress(disable=not sys.stdout.isatty()) as progress:
         for shape in shapes:
             task = progress.add_task(shape.name, total=turns)
-            result["shapes"].append(run_shape(shape, steps, lambda task=task: progress.advance(task)))
+            result["shapes"].append(run_shape(shape, steps, partial(progress.advance, task)))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"train_cpu-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
