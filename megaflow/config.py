@@ -6,6 +6,7 @@ the number of processes is checked by `Config.check_world`. `config_load.py` rea
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from megaflow.errors import UserError
 
-Weight = Annotated[Decimal, Field(ge=0)]
+Weight = Annotated[Decimal, Field(ge=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
 Clock = Literal["steps", "sequences", "tokens", "documents"]
 
 
 def divisors(number: int) -> list[int]:
     """All divisors of a positive integer, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def nearest(value: int, choices: list[int]) -> str:
@@ -51,17 +54,17 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Shape of a LLaMA-2 model."""
 
-    hidden_size: Positive
+    hidden_size: Size
     """Width of the residual stream."""
-    intermediate_size: Positive
+    intermediate_size: Size
     """Width of the SwiGLU layer."""
-    num_layers: Positive
+    num_layers: Size
     """Number of transformer layers."""
-    num_heads: Positive
+    num_heads: Size
     """Number of query heads; divides hidden_size."""
-    num_kv_heads: Annotated[int, Field(ge=0)] = 0
+    num_kv_heads: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Number of key/value heads (grouped-query attention); 0: as many as num_heads."""
-    vocab_size: Annotated[int, Field(ge=0)] = 0
+    vocab_size: Annotated[int, Field(ge=0, le=2**24)] = 0
     """Rows of the embedding before padding; 0: the tokenizer's vocabulary."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of RMSNorm."""
@@ -190,7 +193,7 @@ class DataConfig(Section):
 
     tokenizer: str
     """SentencePiece .model or Hugging Face tokenizer.json that the corpora were prepared with."""
-    seq_length: Annotated[int, Field(ge=2)]
+    seq_length: Annotated[int, Field(ge=2, le=2**24)]
     """Tokens per sequence."""
     groups: Annotated[dict[str, GroupConfig], Field(min_length=1)]
     """Language groups, in order, each with its sources."""
@@ -198,6 +201,8 @@ class DataConfig(Section):
     """Ratios of the groups over the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sample order."""
+    verify: Literal["off", "lazy", "full"] = "lazy"
+    """Checksums of the corpora: none, each 16 MiB block before its first use, or everything at launch."""
     document_boundaries: bool = True
     """Attention and positions restart at each document; false: plain causal attention over the whole sequence."""
 
@@ -225,11 +230,11 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Length, batch and precision of the run."""
 
-    steps: Positive
+    steps: Annotated[int, Field(ge=1, le=2**40)]
     """Optimizer steps."""
     global_batch_size: Annotated[int, Field(ge=1, le=2**20)]
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Positive
+    micro_batch_size: Size
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Parameters and activations; bf16 keeps fp32 master weights, moments and gradient sums."""
@@ -287,7 +292,7 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the model is cut over processes; data parallelism takes what tensor parallelism leaves."""
 
-    tp: Positive = 1
+    tp: Size = 1
     """Tensor-parallel processes per model replica."""
     sequence_parallel: bool = False
     """Cut norms and residuals along the sequence over the tensor-parallel processes."""

@@ -1,12 +1,14 @@
 """Trains a model: `torchrun --nproc-per-node N megaflow/pretrain.py --config FILE [section.key=value ...]`.
 
 The whole job in order: read and check the config, join the process group, train, leave. Exit codes: 0 done or stopped
-by a signal after saving, 2 the config or a file is wrong (one line on the standard error of rank 0), 130 interrupted twice.
+by a signal after saving, 2 the config or a file is wrong (one line on the standard error), 130 interrupted twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
@@ -48,15 +50,19 @@ def launch(config: Config) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_world(world_size)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    run = plan_run(config, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most that many")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    run = plan_run(config, device)
     if world_size == 1:
         train(run, ParallelContext.single(device))
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout))
+    timeout = timedelta(seconds=config.parallel.timeout)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     try:
         train(run, ParallelContext.create(config.parallel.tp, config.parallel.sequence_parallel, device))
     finally:
@@ -65,15 +71,16 @@ def launch(config: Config) -> None:
 
 def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
-    arguments = parse_arguments()
     try:
+        # every rank reads the same arguments and files: what is wrong with them is said by rank 0 alone
+        with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):
+            arguments = parse_arguments()
         launch(load_config(arguments.config, arguments.overrides))
     except UserError as error:
-        if rank == 0:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun ends all ranks when one leaves: rank 0 leaves first, having spoken
+        if rank > 0:
+            time.sleep(3)  # torchrun ends all ranks when one leaves: who is still here is the only one to know
+        for line in str(error).splitlines():
+            print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -48,12 +48,12 @@ def export(
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_weights(checkpoint, folder, dtype, shard_bytes)
+        export_tokenizer(tokenizer, folder)
         ids = load_tokenizer(tokenizer)
         special = {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id}
         write_json(folder / "config.json", llama_config(config, max_positions, dtype) | special)
         write_json(folder / "generation_config.json", {"_from_model_config": True} | special)
-        export_tokenizer(tokenizer, folder)
+        write_weights(checkpoint, folder, dtype, shard_bytes)
         folder.rename(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error

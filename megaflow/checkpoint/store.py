@@ -169,13 +169,8 @@ class CheckpointStore:
         self.rank, self.world_size = (ctx.rank, ctx.world_size) if ctx else (0, 1)
         self.layout = {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp} if ctx else {"world_size": 1}
         self.keep = keep
-        if self.rank == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{self.directory}: cannot make the checkpoint folder: {error.strerror}") from error
-            for stale in self.directory.glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
+        if fault := self._everyones(self._make_folder() if self.rank == 0 else None)[0]:
+            raise UserError(f"{self.directory}: cannot make the checkpoint folder: {fault}")
 
     def save(self, step: int, tensors: Mapping[str, Shards | torch.Tensor], scalars: Mapping[str, Any]) -> Path:
         """Write a checkpoint, whole or not at all; nothing to do when this step is committed already.
@@ -279,6 +274,16 @@ class CheckpointStore:
             if asked.get(name) != held.get(name):
                 ours, theirs = (f"{d[name][0]} {list(d[name][1])}" if name in d else "none" for d in (asked, held))
                 raise UserError(f"{path}: tensor {name} is {theirs} there and {ours} in this run: another model's?")
+
+    def _make_folder(self) -> str | None:
+        """Make the folder and clear it of unfinished work; what went wrong, if anything."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return error.strerror
+        for stale in self.directory.glob(".tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        return None
 
     def _set_aside(self, refused: list[Path]) -> None:
         """Rename damaged checkpoints, so that they neither count as kept nor stand in a new one's way."""

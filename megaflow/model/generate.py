@@ -49,10 +49,16 @@ class KeyValueCache:
 
 @torch.no_grad()
 def generate(
-    model: Llama, prompt: Sequence[int], max_tokens: int, eos_id: int | None, sampling: Sampling | None = None
+    model: Llama,
+    prompt: Sequence[int],
+    max_tokens: int,
+    eos_id: int | None,
+    sampling: Sampling | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` ids that follow the ids of the prompt; `eos_id` ends them and is not yielded.
 
+    `vocab_size`: the tokenizer's, where the model has more rows than it has pieces.
     With tensor parallelism every rank must iterate, and every rank gets the same ids.
 
     Raises:
@@ -71,7 +77,7 @@ def generate(
         tokens = torch.tensor([new], device=device)
         positions = torch.arange(cache.length, cache.length + count, device=device)[None]
         edges = torch.tensor([0, count], dtype=torch.int32, device=device)
-        logits = model.logits(tokens, positions, edges, count, cache)[0, -1]
+        logits = model.logits(tokens, positions, edges, count, cache)[0, -1, :vocab_size]
         cache.advance(count)
         token = choose(logits, sampling, generator)
         if token == eos_id:
@@ -84,8 +90,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """The next token's id from its logits `[V]`, drawn on the CPU so that it is the same on every device and rank."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.float().cpu() / sampling.temperature).softmax(0)
+    logits = logits.double().cpu()
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(0)
     likeliest, ids = probabilities.sort(descending=True, stable=True)
     before = likeliest.cumsum(0) - likeliest
-    likeliest = torch.where(before < sampling.top_p, likeliest, 0.0)
+    likeliest[1:] *= before[1:] < sampling.top_p
     return int(ids[torch.multinomial(likeliest, 1, generator=generator)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megaflow.config import ModelConfig
 from megaflow.errors import UserError
 from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
@@ -21,14 +22,14 @@ RESIDUAL_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 @torch.no_grad()
-def initialise(model: Llama, seed: int) -> None:
-    """Fill the model with normal weights of `init_std`, and ones in the norms.
+def initialise(model: Llama, seed: int, into: Mapping[str, Tensor] | None = None) -> None:
+    """Fill the model, or fp32 tensors like its parameters, with normal weights of `init_std`, and ones in the norms.
 
     The projections into the residual stream get `init_std / sqrt(2 * num_layers)` (Radford et al., 2019). Every
     canonical tensor is drawn whole on the CPU from its own generator, so that every layout and device starts alike.
     """
     config = model.config
-    parameters = dict(model.named_parameters())
+    parameters = into or dict(model.named_parameters())
     for parameter, pieces in placement(config, model.ctx).items():
         for piece in pieces:
             target = parameters[parameter][piece.local_slices()]
@@ -56,8 +57,10 @@ def copy_weights(model: Llama, read: Callable[[str], Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_hf_weights(model: Llama, directory: str | Path) -> None:
+def load_hf_weights(model: Llama, directory: str | Path, into: Mapping[str, Tensor] | None = None) -> None:
     """Copy this rank's part of a LLaMA checkpoint in safetensors into the model, reading that part only.
+
+    `into`: tensors like the model's parameters to fill instead.
 
     Raises:
         UserError: for a folder without safetensors, a tensor missing, unknown or of another shape, a damaged file.
@@ -67,7 +70,7 @@ def load_hf_weights(model: Llama, directory: str | Path) -> None:
         tensors = _open_tensors(directory, stack)
         table = placement(model.config, model.ctx)
         _check_names(directory, set(tensors), {piece.name for pieces in table.values() for piece in pieces})
-        parameters = dict(model.named_parameters())
+        parameters = into or dict(model.named_parameters())
         for parameter, pieces in table.items():
             for piece in pieces:
                 source = tensors[piece.name].get_slice(piece.name)
@@ -117,3 +120,35 @@ def _check_names(directory: Path, found: set[str], wanted: set[str]) -> None:
             f"{directory}: tensor {extra[0]} (and {len(extra) - 1} more) has no place in this model; "
             f"make the model section agree with config.json there"
         )
+
+
+def check_hf_config(config: ModelConfig, directory: str | Path) -> None:
+    """Compares the model section with the `config.json` beside the weights, where there is one.
+
+    Raises:
+        UserError: naming the first key that differs, or a kind of model that this one is not.
+    """
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        found = {
+            "model_type": theirs.get("model_type", "llama"),
+            "rope type": rope.get("rope_type", rope.get("type", "default")),
+            "num_heads": theirs["num_attention_heads"],
+            "num_kv_heads": theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
+            "norm_eps": theirs.get("rms_norm_eps", 1e-6),
+            "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10000.0)),
+            "tie_embeddings": theirs.get("tie_word_embeddings", False),
+            "hidden_act": theirs.get("hidden_act", "silu"),
+        }
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the config of a LLaMA model ({error}); fetch it again") from None
+    ours = {"model_type": "llama", "rope type": "default", "hidden_act": "silu"}
+    for key, value in found.items():
+        expected = ours.get(key, getattr(config, key, None))
+        if value != expected:
+            remedy = "only plain LLaMA-2 models are supported" if key in ours else f"set model.{key}={value}"
+            raise UserError(f"{path}: {key} is {value!r}, the model's is {expected!r}; {remedy}")

@@ -62,8 +62,3 @@ class AdamW:
         """Rounds the master weights into bf16 parameters; nothing to do for fp32 ones."""
         if self.master is not self.params:
             self.params.copy_(self.master)
-
-    def copy_params_to_master(self) -> None:
-        """Takes the master weights from the parameters, once these have been initialised."""
-        if self.master is not self.params:
-            self.master.copy_(self.params)

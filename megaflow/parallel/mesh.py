@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from megaflow.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,17 @@ class ParallelContext:
         if size % self.tp:
             raise ValueError(f"{size} cannot be cut evenly over {self.tp} tensor-parallel ranks")
         return size // self.tp
+
+
+def on_main_rank(ctx: ParallelContext, action: Callable[[], None]) -> None:
+    """Runs `action` on rank 0 while the others wait; a UserError it raises is raised on every rank."""
+    fault: list[str | None] = [None]
+    if ctx.rank == 0:
+        try:
+            action()
+        except UserError as error:
+            fault = [str(error)]
+    if ctx.world_size > 1:
+        dist.broadcast_object_list(fault, src=0)
+    if fault[0] is not None:
+        raise UserError(fault[0])

@@ -20,7 +20,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add, at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw among the likeliest tokens of this mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
 ) -> None:
     """Continue each prompt with the newest checkpoint of RUN and print prompt and continuation."""
     from megaflow.model import generate as generation
@@ -29,7 +29,7 @@ def generate(
     sampling = generation.Sampling(temperature, top_p, seed)
     for text in prompt:
         ids = [tokenizer.start_id, *tokenizer.encode(text)]
-        ids += generation.generate(model, ids, max_tokens, tokenizer.eos_id, sampling)
+        ids += generation.generate(model, ids, max_tokens, tokenizer.eos_id, sampling, tokenizer.vocab_size)
         typer.echo(tokenizer.decode(ids))
 
 

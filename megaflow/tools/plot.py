@@ -41,8 +41,11 @@ def plot(
     figure.tight_layout()
     target = out or run / "run.png"
     beside = target.with_name(f".tmp-{target.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(target)
+    try:
+        figure.savefig(beside, dpi=120, format="png")
+        beside.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); give another --out") from None
     typer.echo(target)
 
 
@@ -50,11 +53,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run. Raises UserError when the folder is not a run's."""
     path = run / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kinds = [record["kind"] for record in records]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the run_dir of a run") from None
-    except ValueError:
-        raise UserError(f"{path}: holds a line that is not JSON; the run that wrote it may still be going") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: holds a line that is not a record; the run that writes it may still be going"
+        ) from None
+    return [record for record, kind in zip(records, kinds, strict=True) if kind in ("train", "heldout")]
 
 
 def unigram_losses(run: Path) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
-# dense bf16 tensor-core peaks of the data sheets, TFLOP/s; the first name found in the device's name counts
+# dense bf16 tensor-core peaks of the data sheets, TFLOP/s; the first that stands in the device's name counts
 DATA_SHEET_TFLOPS = [
     ("B200", 2250.0),
     ("H200", 989.0),
@@ -27,7 +28,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, given: float | None) -
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for model, peak in DATA_SHEET_TFLOPS:
-            if model in name:
+            if re.search(rf"\b{model}\b", name):
                 return peak, f"{name} data sheet, bf16 dense"
     return measured_matmul(
         device, dtype

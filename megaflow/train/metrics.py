@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaflow.data.loader import Batch
+from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 
 LOSS, LOSS_TOKENS, SEQUENCES = range(3)
@@ -57,12 +58,17 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resumed_step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            beside = self.path.with_name(".tmp-metrics.jsonl")
-            beside.write_text("".join(line + "\n" for line in kept))
-            beside.replace(self.path)
-        self.file = self.path.open("a")
+        try:
+            if self.path.exists():
+                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_step]
+                beside = self.path.with_name(".tmp-metrics.jsonl")
+                beside.write_text("".join(line + "\n" for line in kept))
+                beside.replace(self.path)
+            self.file = self.path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); mend it or give another run_dir"
+            ) from None
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -71,8 +77,11 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; nested numbers become TensorBoard scalars `kind/path/to/number`."""
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend it and resume the run") from None
         if self.writer is not None:
             for tag, value in _scalars(record, record["kind"]):
                 self.writer.add_scalar(tag, value, record["step"])
@@ -88,6 +97,13 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line torn by a kill goes too
+
+
+def _finite(tree: Any) -> Any:
+    """The record with null for numbers that JSON cannot hold."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _scalars(tree: dict[str, Any], prefix: str) -> list[tuple[str, float]]:

@@ -59,50 +59,54 @@ class Report:
     def __init__(self, config: Config, state: TrainState, ctx: ParallelContext) -> None:
         sampler = state.sampler
         self.config, self.state, self.sampler, self.is_main = config, state, sampler, ctx.rank == 0
-        self.speed = Speed(config, ctx)
+        self.ctx, self.speed = ctx, Speed(config, ctx)
         self.interval = torch.zeros_like(state.totals.values)
         self.planned = [0] * len(sampler.groups)
         self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
-        if self.is_main:
-            self.log = MetricsLog(Path(config.run_dir), sampler.step, config.train.tensorboard)
-            self.display = Display(config.train.steps, sampler.step)
-            self.say(f"MFU against {self.speed.peak:.4g} TFLOP/s: {self.speed.peak_name}")
-            self.log.write(
-                {
-                    "kind": "launch",
-                    "step": sampler.step,
-                    "time": time.time(),
-                    "torch": torch.__version__,
-                    "device": str(ctx.device.type),
-                    "layout": {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp},
-                    "peak": {"tflops": self.speed.peak, "name": self.speed.peak_name},
-                }
-            )
+
+    def open(self) -> None:
+        """Opens the log and the display; on the main rank only. Raises UserError where the log cannot be written."""
+        ctx, step = self.ctx, self.sampler.step
+        self.log = MetricsLog(Path(self.config.run_dir), step, self.config.train.tensorboard)
+        self.display = Display(self.config.train.steps, step)
+        self.say(f"MFU against {self.speed.peak:.4g} TFLOP/s: {self.speed.peak_name}")
+        launch = {
+            "torch": torch.__version__,
+            "device": ctx.device.type,
+            "layout": {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp},
+            "peak": {"tflops": self.speed.peak, "name": self.speed.peak_name},
+        }
+        self.log.write({"kind": "launch", "step": step, "time": time.time(), **launch})
 
     def say(self, line: str) -> None:
         """Prints a line on the main rank, above the progress bar where there is one."""
         if self.is_main:
             self.display.line(line)
 
-    def add(self, plan: StepPlan, outcome: StepOutcome, lr: float, seconds: float, data_seconds: float) -> None:
-        """Adds a step, and every `train.log_interval` steps writes a record."""
-        self.state.totals.values += outcome.totals
+    def add(self, plan: StepPlan, outcome: StepOutcome, seconds: float, data_seconds: float) -> None:
+        """Adds a step to the interval. A loss that is not finite counts in its record but not in the run's sums."""
+        self.state.totals.values += torch.nan_to_num(outcome.totals, nan=0.0, posinf=0.0, neginf=0.0)
         self.interval += outcome.totals
         self.planned = [a + b for a, b in zip(self.planned, plan.weights, strict=True)]
         self.corrections += plan.corrections
         self.steps += 1
         self.seconds += seconds
         self.data_seconds += data_seconds
-        self.state.skipped_steps += int(outcome.skipped)
-        if plan.step % self.config.train.log_interval and plan.step != self.config.train.steps:
-            return
+        if int(outcome.skipped):
+            self.state.skipped_steps += 1
+            self.say(f"step {plan.step}  gradient not finite: step skipped, {self.state.skipped_steps} since the first")
+
+    def write(self, plan: StepPlan, lr: float, grad_norm: float) -> None:
+        """Writes a record of the steps since the last one, and starts a new interval."""
         if self.is_main:
-            self._write(plan, lr, float(outcome.grad_norm))
+            record = self._record(plan, lr, grad_norm)
+            self.log.write(record)
+            self.display.step(record)
         self.interval.zero_()
         self.planned = [0] * len(self.planned)
         self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
 
-    def _write(self, plan: StepPlan, lr: float, grad_norm: float) -> None:
+    def _record(self, plan: StepPlan, lr: float, grad_norm: float) -> dict[str, Any]:
         rows, run_rows = self.interval.tolist(), self.state.totals.values.tolist()
         total = [sum(column) for column in zip(*rows, strict=True)]
         sources = {
@@ -117,7 +121,7 @@ class Report:
                 self.sampler.sources, rows, run_rows, self.sampler.consumed, strict=True
             )
         }
-        record: dict[str, Any] = {
+        return {
             "kind": "train",
             "step": plan.step,
             "time": time.time(),
@@ -132,8 +136,6 @@ class Report:
             "sources": sources,
             "speed": self.speed.record(self.seconds, self.data_seconds, self.steps),
         }
-        self.log.write(record)
-        self.display.step(record)
 
     def _groups(self, sources: Mapping[str, Mapping[str, Any]], sequences: float) -> dict[str, dict[str, float]]:
         """Planned ratio of each group over the interval, and the one the ranks' own batches came to."""

@@ -18,11 +18,12 @@ from megaflow.config_load import dump_config, read_yaml
 from megaflow.data.ledger import LedgerEntry, build_sampler, read_ledger, write_ledger
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.schedule import CompiledSchedule, Knot, chatflow, compile_knots, weights_from_decimals
-from megaflow.data.sources import Source, open_sources
+from megaflow.data.sources import Source, open_heldouts, open_sources
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.flops import num_parameters
+from megaflow.model.init import check_hf_config
 from megaflow.train.samples import discard_superseded
 
 # what a resumed run keeps: another value would break the weights' shapes or the promises made for the sample order
@@ -42,6 +43,8 @@ class Run:
     tokenizer_sha256: str
     sources: list[Source]
     """In group order: their index is the sampler's flat source index."""
+    heldouts: list[Source | None]
+    """Their held-out documents, None for a source that has none."""
     ledger: list[LedgerEntry]
     sampler: Sampler
     is_new: bool
@@ -54,8 +57,11 @@ class Run:
         """Writes the run directory; on the main rank only. A killed launch's records after this step are dropped."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            suffix = Path(self.config.data.tokenizer).suffix
-            _replace(self.dir / f"tokenizer{suffix}", Path(self.config.data.tokenizer).read_bytes())
+            tokenizer = Path(self.config.data.tokenizer)
+            _replace(self.dir / f"tokenizer{tokenizer.suffix}", tokenizer.read_bytes())
+            special = tokenizer.with_name("tokenizer_config.json")  # names a tokenizer.json's special pieces
+            if tokenizer.suffix == ".json" and special.exists():
+                _replace(self.dir / special.name, special.read_bytes())
             _replace(self.dir / "config.yaml", dump_config(self.config).encode())
             if self.is_new:
                 write_ledger(self.dir / "ledger.json", self.ledger)
@@ -76,18 +82,25 @@ def plan_run(config: Config, device: torch.device) -> Run:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = _with_vocabulary(config, tokenizer)
+    if config.model.weights:
+        check_hf_config(config.model, config.model.weights)
     try:
         select_ops(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, config.kernels)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from None
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
-    sources = open_sources(named, config.data.seq_length, config.data.seed)
+    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
+    heldouts = open_heldouts(sources, config.data.seq_length, config.data.verify)
     for source in sources:
         made_with = source.corpus.manifest.tokenizer
-        if made_with.sha256 != tokenizer.sha256:
+        given, expected = ((t.sha256, t.bos_id, t.eos_id) for t in (tokenizer, made_with))
+        if given != expected:
+            what = (
+                "not the tokenizer" if given[0] != expected[0] else "the tokenizer, but with other special pieces than"
+            )
             raise UserError(
-                f"data.tokenizer: {config.data.tokenizer} is not the tokenizer that source {source.name} was prepared "
-                f"with ({made_with.path}); give that one, or prepare {source.corpus.prefix} again"
+                f"data.tokenizer: {config.data.tokenizer} is {what} that source {source.name} was prepared with "
+                f"({made_with.path}); give that one, or prepare {source.corpus.prefix} again"
             )
     entry = first_entry(config, sources)
     path = Path(config.run_dir) / "ledger.json"
@@ -99,27 +112,27 @@ def plan_run(config: Config, device: torch.device) -> Run:
     ledger = [entry] if is_new else read_ledger(path)
     if not is_new:
         _check_resumable(config, ledger, entry)
-    return Run(config, tokenizer.sha256, sources, ledger, build_sampler(ledger), is_new)
+    return Run(config, tokenizer.sha256, sources, heldouts, ledger, build_sampler(ledger), is_new)
 
 
 def first_entry(config: Config, sources: list[Source]) -> LedgerEntry:
     """The ledger entry that the config writes when its run is created."""
     by_name = {source.name: source for source in sources}
-    groups = tuple(
-        GroupSpec(
-            name,
-            tuple(SourceSpec(s, by_name[s].num_windows, by_name[s].documents) for s in group.sources),
-            tuple(weights_from_decimals([source.weight for source in group.sources.values()])),
-        )
-        for name, group in config.data.groups.items()
-    )
+    groups = []
+    for name, group in config.data.groups.items():
+        specs = tuple(SourceSpec(s, by_name[s].num_windows, by_name[s].documents) for s in group.sources)
+        try:
+            weights = weights_from_decimals([source.weight for source in group.sources.values()])
+        except ValueError as error:
+            raise UserError(f"data.groups.{name}.sources: weights: {error}") from None
+        groups.append(GroupSpec(name, specs, tuple(weights)))
     return LedgerEntry(
         first_step=1,
         schedule=compile_schedule(config),
         batch_size=config.train.global_batch_size,
         seed=config.data.seed,
         seq_length=config.data.seq_length,
-        groups=groups,
+        groups=tuple(groups),
         manifests={source.name: source.corpus.manifest.fingerprint for source in sources},
         why="the run's config",
     )
@@ -159,7 +172,7 @@ def _check_resumable(config: Config, ledger: list[LedgerEntry], entry: LedgerEnt
     began, now = read_yaml(Path(config.run_dir) / "config.yaml"), config.model_dump(mode="json")
     for section, names in FIXED.items():
         for name in names.split():
-            old, new = (tree.get(section, {}).get(name) for tree in (began, now))
+            old, new = ((tree.get(section) or {}).get(name) for tree in (began, now))
             if old != new:
                 raise UserError(
                     f"{section}.{name}: {_short(new)} differs from {_short(old)}, which the run in {config.run_dir} "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaflow.data.loader import Batch
+from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 
 SampleId = tuple[int, int, int]
@@ -22,7 +23,12 @@ class SampleLog:
 
     def __init__(self, run_dir: Path, resumed_step: int, ctx: ParallelContext) -> None:
         path = sample_dir(run_dir) / f"from-{resumed_step:08d}.dp{ctx.dp_rank}-of-{ctx.dp}.jsonl"
-        self.file = path.open("w")
+        try:
+            self.file = path.open("w")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); mend it or set train.log_samples=false"
+            ) from None
 
     def write(self, step: int, batches: list[Batch]) -> None:
         rows = [

@@ -9,6 +9,7 @@ import torch
 from megaflow.checkpoint.shards import Shards, shards_of
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.mix import Sampler
+from megaflow.errors import UserError
 from megaflow.model.placement import Placement
 from megaflow.optim.adamw import AdamW
 from megaflow.parallel.gradients import FlatParameters
@@ -63,6 +64,12 @@ class TrainState:
         if manifest is None:
             return False
         scalars = manifest.scalars
+        ledger = [entry.to_json() for entry in self.run.ledger]
+        if (scalars["ledger"], scalars["tokenizer_sha256"]) != (ledger, self.run.tokenizer_sha256):
+            raise UserError(
+                f"{store.directory}: step {manifest.step} was saved with another ledger.json or tokenizer than the "
+                f"run's; restore the run's own files, or give a new run_dir"
+            )
         self.sampler.load_state_dict(scalars["sampler"])
         self.optimizer.steps.fill_(scalars["optimizer_steps"])
         self.optimizer.copy_master_to_params()
