@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     # torchrun puts this file's folder first on the path, where its modules would shadow other packages' names
@@ -23,6 +24,11 @@ if __package__ in (None, ""):
 from megaflow.config import Config
 from megaflow.config_load import describe, load_config
 from megaflow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megaflow.train.run import Run
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,48 +44,56 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def launch(config: Config) -> None:
-    """Trains as `config` says on the processes torchrun started (one process without it)."""
+def prepare(config: Config) -> tuple[Run, torch.device]:
+    """Checks the config against the processes torchrun started (one without it) and opens what the run reads."""
+    import torch
+
+    from megaflow.train.run import plan_run
+
+    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; start at most that many")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    return plan_run(config, device), device
+
+
+def join_and_train(run: Run, device: torch.device) -> None:
+    """Joins the process group, where there is more than one process, and trains."""
     import torch
     import torch.distributed as dist
 
     from megaflow.parallel.mesh import ParallelContext
     from megaflow.train.loop import train
-    from megaflow.train.run import plan_run
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config.check_world(world_size)
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most that many")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cuda, parallel = device.type == "cuda", run.config.parallel
     if cuda:
         torch.cuda.set_device(device)
-    run = plan_run(config, device)
-    if world_size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         train(run, ParallelContext.single(device))
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=config.parallel.timeout)
-    dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
     try:
-        train(run, ParallelContext.create(config.parallel.tp, config.parallel.sequence_parallel, device))
+        train(run, ParallelContext.create(parallel.tp, parallel.sequence_parallel, device))
     finally:
         dist.destroy_process_group()
 
 
 def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
+    # until they join, the processes of a machine read the same arguments and files: one of them speaks
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        # every rank reads the same arguments and files: what is wrong with them is said by rank 0 alone
-        with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):
+        with contextlib.redirect_stderr(sys.stderr if speaks else io.StringIO()):
             arguments = parse_arguments()
-        launch(load_config(arguments.config, arguments.overrides))
+        run, device = prepare(load_config(arguments.config, arguments.overrides))
+        speaks = True
+        join_and_train(run, device)
     except UserError as error:
         if rank > 0:
-            time.sleep(3)  # torchrun ends all ranks when one leaves: who is still here is the only one to know
-        for line in str(error).splitlines():
+            time.sleep(10)  # rank 0 leaves first, having spoken, and torchrun ends the others
+        for line in str(error).splitlines() if speaks else []:
             print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -53,7 +53,14 @@ def test_pretrain_help_lists_the_settings() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wrong_config_is_one_line_said_once_and_exit_code_2(rank: int, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("run_dir: x\nmodle: {}\n")
-    done = start("megaflow/pretrain.py", "--config", str(tmp_path / "c.yaml"), RANK=str(rank), WORLD_SIZE="2")
+    done = start(
+        "megaflow/pretrain.py",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
