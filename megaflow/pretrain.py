@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -74,10 +75,8 @@ def join_and_train(run: Run, device: torch.device) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
-    try:
-        train(run, ParallelContext.create(parallel.tp, parallel.sequence_parallel, device))
-    finally:
-        dist.destroy_process_group()
+    train(run, ParallelContext.create(parallel.tp, parallel.sequence_parallel, device))
+    dist.destroy_process_group()
 
 
 def main() -> int:
@@ -92,7 +91,8 @@ def main() -> int:
         join_and_train(run, device)
     except UserError as error:
         if rank > 0:
-            time.sleep(10)  # rank 0 leaves first, having spoken, and torchrun ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)  # where rank 0 has spoken and left, torchrun ends this one meanwhile
         for line in str(error).splitlines() if speaks else []:
             print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
