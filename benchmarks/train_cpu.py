@@ -10,6 +10,7 @@ step: forward, backward, clip, AdamW. Their steps take turns, so that a busy mac
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -311,6 +312,8 @@ def main(
         "date": date.today().isoformat(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "steps": steps,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
