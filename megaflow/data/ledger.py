@@ -1,19 +1,22 @@
-"""The ledger of a run: everything the sampler depends on, compiled to integers when the run is created.
+"""The ledger of a run: everything the sampler depends on, compiled to integers: what holds, and from which step on.
 
-Stored as `<run>/ledger.json`. The sampler reads nothing else, so replaying, auditing and resuming on another layout
-need neither the config nor the same floating point.
+Stored as `<run>/ledger.json`, an append-only list. The sampler reads nothing else, so replaying, auditing and resuming
+on another layout need neither the config nor the same floating point.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.groups import GroupSpec, Mix, SourceSpec
+from megaflow.data.mix import Sampler
 from megaflow.data.schedule import CompiledSchedule
 from megaflow.errors import UserError
 
@@ -41,6 +44,25 @@ class LedgerEntry:
     groups: tuple[GroupSpec, ...]
     manifests: Mapping[str, str]
     why: str
+
+    @property
+    def mix(self) -> Mix:
+        """What the sampler needs of it."""
+        return Mix(self.first_step, self.batch_size, self.groups, self.schedule)
+
+    def check_follows(self, earlier: LedgerEntry) -> None:
+        """Refuse an entry that a run cannot change to.
+
+        Raises:
+            UserError: another seed or sequence length, another corpus of a source, or as `Mix.check_follows`.
+        """
+        for name in ("seed", "seq_length"):
+            if getattr(self, name) != getattr(earlier, name):
+                raise UserError(
+                    f"{name} is {getattr(earlier, name)} in this run, not {getattr(self, name)}: it stays as it is"
+                )
+        self.mix.check_follows(earlier.mix)
+        earlier.check_manifests(self.manifests)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back."""
@@ -134,16 +156,31 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
         raise UserError(
             f"{path}: not a ledger ({type(error).__name__}: {error}): restore the run's own file"
         ) from error
+    try:
+        build_sampler(entries)
+        for earlier, entry in pairwise(entries):
+            entry.check_follows(earlier)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{path}: {error}; restore the run's own file") from None
     return entries
 
 
 def build_sampler(ledger: Sequence[LedgerEntry], use_native: bool = True) -> Sampler:
-    """The sampler that a run's ledger describes, before its first step.
+    """The sampler that a run's ledger describes, before its first step; it changes from entry to entry by itself.
 
     Raises:
-        UserError: the ledger has another number of entries than one.
+        UserError: an entry does not follow the one before it.
+        ValueError: the first entry is not from step 1 on, or an entry's parts do not fit together.
     """
-    if len(ledger) != 1:
-        raise UserError(f"the ledger has {len(ledger)} entries; this version reads runs whose mix was set once")
-    entry = ledger[0]
-    return Sampler(entry.seed, entry.batch_size, entry.seq_length, entry.groups, entry.schedule, use_native)
+    first, *later = ledger
+    if first.first_step != 1:
+        raise ValueError(f"the first entry is from step {first.first_step} on, not 1")
+    sampler = Sampler(first.seed, first.batch_size, first.seq_length, first.groups, first.schedule, use_native)
+    for entry in later:
+        sampler.change(entry.first_step, entry.batch_size, entry.groups, entry.schedule)
+    return sampler
+
+
+def entry_at(ledger: Sequence[LedgerEntry], step: int) -> LedgerEntry:
+    """The entry that holds for a step: the last that begins no later."""
+    return ledger[bisect_right(ledger, step, key=lambda entry: entry.first_step) - 1]

@@ -7,41 +7,31 @@ is one residual per group and source and one count per source; a resume continue
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from megaflow.data import order
-from megaflow.data.counts import CountRule, Progress
+from megaflow.data.counts import CountRule, Progress, StepCounts
+from megaflow.data.groups import GroupSpec, Mix, SourceSpec, check_names, check_size
 from megaflow.data.plan import Deck, StepPlan
-from megaflow.data.schedule import ONE, CompiledSchedule
+from megaflow.data.schedule import CompiledSchedule
 from megaflow.errors import UserError
 
-MAX_BATCH = 2**20  # batch * weight then stays below 2**52
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """A tokenised corpus as the sampler sees it: `windows` sequences per epoch that hold `documents` documents."""
-
-    name: str
-    windows: int
-    documents: int
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """A language group: the schedule weighs groups; `weights`, of sum `ONE`, share a group among its sources."""
-
-    name: str
-    sources: tuple[SourceSpec, ...]
-    weights: tuple[int, ...]
+__all__ = ["GroupSpec", "Mix", "Sampler", "SourceSpec"]
 
 
 class Sampler:
     """Plans one global batch after another.
+
+    Attributes:
+        groups: of the latest mix, which holds every group and source of the run so far.
+        sources: every source in the order in which the run came to know them: by group, those of a later mix after all
+            earlier ones. Their index, the flat source index, therefore never changes.
+        digest: of every plan so far.
 
     Args:
         seed: unsigned 64 bits.
@@ -65,27 +55,67 @@ class Sampler:
         schedule: CompiledSchedule,
         use_native: bool = True,
     ) -> None:
-        _check(seed, batch_size, groups, schedule)
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed {seed} is outside 0 to 2**64 - 1")
         self.seed = seed
-        self.batch_size = batch_size
         self.seq_length = seq_length
-        self.groups = tuple(groups)
-        self.sources = tuple(source for group in groups for source in group.sources)
         self.use_native = use_native
         self.digest = _hash64(seed.to_bytes(8, "little"))
-        sizes = [len(group.sources) for group in groups]
-        self._rule = CountRule(
-            schedule,
-            seq_length,
-            group_sizes=np.array(sizes, np.int64),
-            source_weights=np.array([weight for group in groups for weight in group.weights], np.int64),
-            windows=np.array([source.windows for source in self.sources], np.int64),
-            documents=np.array([source.documents for source in self.sources], np.int64),
-        )
-        self._progress = Progress.start(len(groups), len(self.sources))
-        self._keys = [order.name_key(source.name) for source in self.sources]
-        self._group_of_source = np.repeat(np.arange(len(groups)), sizes)
-        self._place_of_source = np.concatenate([np.arange(size) for size in sizes])
+        self._mixes = [Mix(1, batch_size, tuple(groups), schedule)]
+        self._arrange()
+        self._progress = Progress.start(len(self.groups), len(self.sources))
+
+    def change(self, first_step: int, batch_size: int, groups: Sequence[GroupSpec], schedule: CompiledSchedule) -> None:
+        """Another mix from `first_step` on. Counts and residuals carry over: no sequence is skipped or repeated.
+
+        The schedule runs on the same clock as before, counted from the run's first step. Of two mixes with the same
+        first step the later one holds.
+
+        Raises:
+            UserError: the step is past or before an earlier mix's, or groups or sources do not continue those before.
+        """
+        if first_step <= self.step:
+            raise UserError(f"a mix cannot change at step {first_step}: step {self.step} is planned already")
+        mix = Mix(first_step, batch_size, tuple(groups), schedule)
+        mix.check_follows(self._mixes[-1])
+        state = self.state_dict()
+        self._mixes.append(mix)
+        self._arrange()
+        self.load_state_dict(state)
+
+    def _arrange(self) -> None:
+        """Lay out arrays over the groups and sources of the latest mix, which are every mix's and more."""
+        last = self._mixes[-1]
+        self.groups = last.groups
+        first_seen = list(dict.fromkeys(source.name for mix in self._mixes for source in mix.sources))
+        index = {name: i for i, name in enumerate(first_seen)}
+        self._specs = last.sources
+        self._flat = np.array([index[spec.name] for spec in self._specs], np.int64)
+        self.sources = tuple(self._specs[place] for place in np.argsort(self._flat).tolist())
+        sizes = [len(group.sources) for group in self.groups]
+        self._keys = [order.name_key(spec.name) for spec in self._specs]
+        self._group_of = np.repeat(np.arange(len(sizes)), sizes)
+        self._place_of = np.concatenate([np.arange(size) for size in sizes])
+        self._rules: list[CountRule] = []
+        self._known: list[list[bool]] = []
+        for mix in self._mixes:
+            schedule, weights = mix.widened(last)
+            names = {source.name for source in mix.sources}
+            self._known.append([spec.name in names for spec in self._specs])
+            self._rules.append(
+                CountRule(
+                    schedule,
+                    self.seq_length,
+                    group_sizes=np.array(sizes, np.int64),
+                    source_weights=np.array(weights, np.int64),
+                    windows=np.array([spec.windows for spec in self._specs], np.int64),
+                    documents=np.array([spec.documents for spec in self._specs], np.int64),
+                )
+            )
+
+    def _index(self, step: int) -> int:
+        """The mix that holds for a step."""
+        return bisect_right(self._mixes, max(1, step), key=lambda mix: mix.first_step) - 1
 
     @property
     def step(self) -> int:
@@ -93,26 +123,38 @@ class Sampler:
         return self._progress.step
 
     @property
-    def consumed(self) -> list[int]:
-        """Sequences taken from each source so far, over all groups in order."""
-        consumed: list[int] = self._progress.consumed.tolist()
-        return consumed
+    def mix(self) -> Mix:
+        """What holds for the next step."""
+        return self._mixes[self._index(self.step + 1)]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the next step."""
+        return self.mix.batch_size
 
     @property
     def schedule(self) -> CompiledSchedule:
-        """The schedule of the group weights."""
-        return self._rule.schedule
+        """The schedule of the group weights of the next step."""
+        return self.mix.schedule
+
+    @property
+    def consumed(self) -> list[int]:
+        """Sequences taken so far from each of `sources`."""
+        consumed: list[int] = self._progress.consumed[np.argsort(self._flat)].tolist()
+        return consumed
 
     def plan(self) -> StepPlan:
         """Plan the next step and advance past it."""
-        clock = self._rule.clock(self._progress)
+        index = self._index(self.step + 1)
+        clock = self._rules[index].clock(self._progress)
         first = self._progress.consumed.tolist()
-        counts = self._rule.advance(self._progress, 1, self.batch_size, self.use_native)
+        counts = self._advance(self._progress, 1)
         deck = self._deck(first, counts.sources)
         columns = np.stack([deck.group, deck.source_in_group, deck.epoch, deck.window], axis=1)
-        numbers = np.concatenate([[self.step], counts.sources, columns.reshape(-1)]).astype("<i8")
+        known = np.array(counts.sources)[self._known[index]]
+        numbers = np.concatenate([[self.step], known, columns.reshape(-1)]).astype("<i8")
         self.digest = _hash64(self.digest.to_bytes(8, "big") + numbers.tobytes())
-        ends = np.cumsum(self._rule.group_sizes).tolist()
+        ends = np.cumsum([len(group.sources) for group in self.groups]).tolist()
         return StepPlan(
             step=self.step,
             clock=clock,
@@ -125,10 +167,21 @@ class Sampler:
             seed=self.seed,
         )
 
+    def _advance(self, progress: Progress, steps: int) -> StepCounts:
+        """Move `progress` on by `steps >= 1` steps, through every mix on the way; the counts of the last one."""
+        end, corrections = progress.step + steps, 0
+        while progress.step < end:
+            index = self._index(progress.step + 1)
+            following = self._mixes[index + 1].first_step - 1 if index + 1 < len(self._mixes) else end
+            steps, batch_size = min(end, following) - progress.step, self._mixes[index].batch_size
+            last = self._rules[index].advance(progress, steps, batch_size, self.use_native)
+            corrections += last.corrections
+        return replace(last, corrections=corrections)
+
     def _deck(self, first: list[int], counts: list[int]) -> Deck:
         """The cards of a step: `counts[k]` sequences of source `k` from its `first[k]`-th, permuted epoch by epoch."""
         runs: list[tuple[int, int, int, int]] = []  # (source, epoch, first index in the epoch, length)
-        for k, spec in enumerate(self.sources):
+        for k, spec in enumerate(self._specs):
             taken, end = first[k], first[k] + counts[k]
             while taken < end:
                 epoch, start = divmod(taken, spec.windows)
@@ -137,14 +190,14 @@ class Sampler:
                 taken += length
         sources, epochs, starts, lengths = (np.array(column, np.int64) for column in zip(*runs, strict=True))
         keys = [order.hash_ints(self.seed, self._keys[k], epoch) for k, epoch, _, _ in runs]
-        sizes = [self.sources[k].windows for k, _, _, _ in runs]
-        position = np.arange(self.batch_size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        sizes = [self._specs[k].windows for k, _, _, _ in runs]
+        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         index = np.repeat(starts, lengths) + position
-        source = np.repeat(sources, lengths)
+        place = np.repeat(sources, lengths)
         return Deck(
-            group=self._group_of_source[source],
-            source=source,
-            source_in_group=self._place_of_source[source],
+            group=self._group_of[place],
+            source=self._flat[place],
+            source_in_group=self._place_of[place],
             epoch=np.repeat(epochs, lengths),
             window=order.perm_runs(keys, sizes, lengths.tolist(), index, self.use_native),
         )
@@ -159,7 +212,7 @@ class Sampler:
         """
         progress = self._progress.copy()
         if steps > 0:
-            self._rule.advance(progress, steps, self.batch_size, self.use_native)
+            self._advance(progress, steps)
         return self._state(progress)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,28 +220,31 @@ class Sampler:
         return {**self._state(self._progress), "digest": f"{self.digest:016x}"}
 
     def _state(self, progress: Progress) -> dict[str, Any]:
-        residuals, consumed = iter(progress.source_residuals.tolist()), iter(progress.consumed.tolist())
-        groups = [
-            {
-                "name": group.name,
+        """The state over the groups and sources of the mix that `progress` is at."""
+        index = self._index(progress.step)
+        columns = zip(
+            progress.source_residuals.tolist(), progress.consumed.tolist(), self._known[index], self._specs, strict=True
+        )
+        states = {
+            spec.name: {
+                "name": spec.name,
+                "windows": spec.windows,
+                "documents": spec.documents,
                 "residual": residual,
-                "sources": [
-                    {
-                        "name": source.name,
-                        "windows": source.windows,
-                        "documents": source.documents,
-                        "residual": next(residuals),
-                        "consumed": next(consumed),
-                    }
-                    for source in group.sources
-                ],
+                "consumed": consumed,
             }
-            for group, residual in zip(self.groups, progress.group_residuals.tolist(), strict=True)
+            for residual, consumed, known, spec in columns
+            if known
+        }
+        mine = self._mixes[index].groups
+        groups = [
+            {"name": group.name, "residual": residual, "sources": [states[source.name] for source in group.sources]}
+            for group, residual in zip(mine, progress.group_residuals[: len(mine)].tolist(), strict=True)
         ]
         return {"seed": self.seed, "step": progress.step, "groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. This sampler's schedule and batch size hold from the next step on.
+        """Continue from a state, with the mix that this sampler has for the next step.
 
         Its groups and sources must begin with the state's, in order; those appended start at their first sequence.
 
@@ -206,21 +262,16 @@ class Sampler:
             raise UserError(
                 f"sampler state: the run was started with seed {state['seed']}, not {self.seed}: restore it"
             )
-        _check_names("group", [group["name"] for group in state["groups"]], [group.name for group in self.groups])
+        check_names("group", [group["name"] for group in state["groups"]], [group.name for group in self.groups])
         progress = Progress.start(len(self.groups), len(self.sources))
         progress.step = int(state["step"])
         first = 0
         for g, (saved, group) in enumerate(zip(state["groups"], self.groups, strict=False)):
             names = [source.name for source in group.sources]
-            _check_names(f"source of group {group.name}", [source["name"] for source in saved["sources"]], names)
+            check_names(f"source of group {group.name}", [source["name"] for source in saved["sources"]], names)
             progress.group_residuals[g] = saved["residual"]
             for k, (old, source) in enumerate(zip(saved["sources"], group.sources, strict=False), start=first):
-                if (old["windows"], old["documents"]) != (source.windows, source.documents):
-                    raise UserError(
-                        f"source {source.name!r} has {source.windows} windows of {source.documents} documents, but the "
-                        f"run was started with {old['windows']} of {old['documents']}: restore its corpus and the "
-                        "sequence length, or add it as a new source under another name"
-                    )
+                check_size(source, old["windows"], old["documents"])
                 progress.source_residuals[k] = old["residual"]
                 progress.consumed[k] = old["consumed"]
             first += len(group.sources)
@@ -229,31 +280,3 @@ class Sampler:
 
 def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-def _check_names(kind: str, saved: list[str], current: list[str]) -> None:
-    """Refuse names that do not continue the saved ones: identity and order both matter to the plan."""
-    for position, name in enumerate(saved):
-        if name not in current:
-            raise UserError(f"{kind} {name!r} is in the run but not in the config: keep it, with weight 0 if unwanted")
-        if current[position] != name:
-            raise UserError(f"{kind} {name!r} was number {position + 1} in the run: keep the order and append new ones")
-
-
-def _check(seed: int, batch_size: int, groups: Sequence[GroupSpec], schedule: CompiledSchedule) -> None:
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed {seed} is outside 0 to 2**64 - 1")
-    if not 1 <= batch_size <= MAX_BATCH:
-        raise UserError(f"batch size {batch_size} is outside 1 to {MAX_BATCH}")
-    if len(schedule.knots[0][1]) != len(groups):
-        raise ValueError(f"the schedule weighs {len(schedule.knots[0][1])} groups, but there are {len(groups)}")
-    names: set[str] = set()
-    for group in groups:
-        if len(group.weights) != len(group.sources) or min(group.weights) < 0 or sum(group.weights) != ONE:
-            raise ValueError(f"group {group.name}: not one weight per source, of sum {ONE}")
-        for source in group.sources:
-            if source.name in names:
-                raise UserError(f"source {source.name!r} is listed twice: its windows would be repeated")
-            if not 1 <= source.windows < 2**62 or source.documents < 0:
-                raise UserError(f"source {source.name!r} has {source.windows} windows: at least 1 is needed")
-            names.add(source.name)

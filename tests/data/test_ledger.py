@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megaflow.data.ledger import LedgerEntry, build_sampler, read_ledger, write_ledger
-from megaflow.data.mix import GroupSpec, SourceSpec
-from megaflow.data.schedule import chatflow, weights_from_decimals
+from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at, read_ledger, write_ledger
+from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.plan import StepPlan
+from megaflow.data.schedule import CLOCKS, ONE, Knot, chatflow, compile_knots, weights_from_decimals
 from megaflow.errors import UserError
 
 
@@ -69,6 +74,165 @@ def test_other_corpora_than_the_run_s_are_refused():
         entry().check_manifests({"wiki": "aa", "小说": "bb"})
 
 
-def test_only_runs_with_one_mix_are_read():
-    with pytest.raises(UserError, match="2 entries"):
-        build_sampler([entry(), entry()])
+# ------------------------------------------------------------------ several entries
+
+some = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def changed(last: LedgerEntry, draw, first_step: int, number: int) -> LedgerEntry:
+    """An entry that follows `last`: other weights and batch size, perhaps with appended sources and groups."""
+    groups, manifests = [], dict(last.manifests)
+    for group in last.groups:
+        added = tuple(
+            SourceSpec(f"{group.name}+{number}", draw(st.integers(1, 60)), 7) for _ in range(draw(st.integers(0, 1)))
+        )
+        weights = st.lists(st.integers(0, 9), min_size=len(group.sources + added), max_size=len(group.sources + added))
+        shares = tuple(weights_from_decimals(draw(weights.filter(any))))
+        groups.append(GroupSpec(group.name, group.sources + added, shares))
+        manifests |= {source.name: "new" for source in added}
+    if draw(st.booleans()):
+        groups.append(GroupSpec(f"group{number}", (SourceSpec(f"source{number}", 40, 4),), (ONE,)))
+        manifests[f"source{number}"] = "new"
+    mix = st.lists(st.integers(0, 9), min_size=len(groups), max_size=len(groups)).filter(any)
+    clock = draw(st.sampled_from(CLOCKS))
+    schedule = compile_knots(clock, [Knot(0, draw(mix)), Knot(draw(st.integers(1, 3000)), draw(mix))])
+    return LedgerEntry(
+        first_step, schedule, draw(st.integers(1, 50)), last.seed, last.seq_length, tuple(groups), manifests, "a test"
+    )
+
+
+@st.composite
+def ledgers(draw) -> list[LedgerEntry]:
+    ledger = [entry()]
+    for number in range(draw(st.integers(1, 3))):
+        first_step = ledger[-1].first_step + draw(st.integers(0, 6))
+        ledger.append(changed(ledger[-1], draw, first_step, number))
+    return ledger
+
+
+def cards(sampler: Sampler, plan: StepPlan) -> list[tuple[str, int, int]]:
+    deck, names = plan.deck, [source.name for source in sampler.sources]
+    return [
+        (names[source], epoch, window)
+        for source, epoch, window in zip(deck.source.tolist(), deck.epoch.tolist(), deck.window.tolist(), strict=True)
+    ]
+
+
+@some
+@given(ledgers(), st.booleans())
+def test_an_entry_takes_effect_at_exactly_its_step(ledger, use_native):
+    """One sampler over the whole ledger plans what samplers of one entry each, handing over their state, plan."""
+    sampler, state = build_sampler(ledger, use_native), None
+    for step in range(1, 25):
+        now = entry_at(ledger, step)
+        alone = Sampler(now.seed, now.batch_size, now.seq_length, now.groups, now.schedule, not use_native)
+        if state is not None:
+            alone.load_state_dict(state)
+        assert sampler.batch_size == now.batch_size
+        expected, plan = alone.plan(), sampler.plan()
+        assert (plan.step, plan.clock, plan.digest) == (step, expected.clock, expected.digest)
+        assert cards(sampler, plan) == cards(alone, expected)
+        state = alone.state_dict()
+        assert sampler.state_dict() == state
+        for group, counts in zip(sampler.groups, plan.counts, strict=True):
+            assert len(group.sources) == len(counts)
+
+
+@some
+@given(ledgers(), st.integers(0, 20), st.integers(0, 20), st.booleans())
+def test_no_window_is_skipped_or_repeated_by_a_change_or_a_resume(ledger, first, second, use_native):
+    """Stopped anywhere and resumed with the ledger as far as it is then known: the order is the undisturbed one."""
+    whole, planned = build_sampler(ledger, use_native), {}
+    for _ in range(first + second):
+        plan = whole.plan()
+        planned[plan.step] = cards(whole, plan)
+    known = [e for e in ledger if e.first_step <= first + 1]
+    before, resumed = build_sampler(known, use_native), build_sampler(ledger, not use_native)
+    for _ in range(first):
+        assert cards(before, before.plan()) == planned[before.step]
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    for _ in range(second):
+        assert cards(resumed, resumed.plan()) == planned[resumed.step]
+    assert resumed.digest == whole.digest
+    taken: dict[str, list[tuple[int, int]]] = {}
+    for step in sorted(planned):
+        for name, epoch, window in planned[step]:
+            taken.setdefault(name, []).append((epoch, window))
+    for source in whole.sources:
+        windows = taken.get(source.name, [])
+        assert [epoch for epoch, _ in windows] == [i // source.windows for i in range(len(windows))]
+        assert len(set(windows)) == len(windows)
+
+
+@some
+@given(ledgers(), st.integers(0, 10), st.integers(0, 30))
+def test_replay_crosses_entries(ledger, first, steps):
+    replayed = []
+    for use_native in (False, True):
+        sampler = build_sampler(ledger, use_native)
+        for _ in range(first):
+            sampler.plan()
+        replayed.append(sampler.replay(steps))
+        for _ in range(steps):
+            sampler.plan()
+        assert {**replayed[-1], "digest": sampler.state_dict()["digest"]} == sampler.state_dict()
+    assert replayed[0] == replayed[1]
+
+
+@some
+@given(ledgers())
+def test_the_flat_index_of_a_source_never_changes(ledger):
+    names = [[source.name for source in build_sampler(ledger[: n + 1]).sources] for n in range(len(ledger))]
+    for earlier, later in pairwise(names):
+        assert later[: len(earlier)] == earlier
+
+
+@some
+@given(ledgers())
+def test_several_entries_are_written_and_read(tmp_path_factory, ledger):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.json"
+    write_ledger(path, ledger)
+    assert read_ledger(path) == ledger
+
+
+def test_the_clock_runs_on_over_a_change():
+    """The same schedule again, appended later, changes nothing: its clock still counts from the run's first step."""
+    once, again = build_sampler([entry()]), build_sampler([entry(), replace(entry(), first_step=7)])
+    assert [once.plan().digest for _ in range(12)] == [again.plan().digest for _ in range(12)]
+
+
+def test_of_two_entries_for_one_step_the_later_one_holds():
+    ledger = [entry(), replace(entry(), first_step=4, batch_size=7), replace(entry(), first_step=4, batch_size=9)]
+    sampler = build_sampler(ledger)
+    assert [len(sampler.plan().deck.window) for _ in range(5)] == [24, 24, 24, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"first_step": 2}], "the first entry is from step 2 on"),
+        ([{}, {"first_step": 9}, {"first_step": 8}], "a mix from step 8 on comes after one from step 9 on"),
+        ([{}, {"seed": 3}], "seed is 9223372036854775807 in this run, not 3"),
+        ([{}, {"seq_length": 8}], "seq_length is 4096 in this run, not 8"),
+        ([{}, {"manifests": {"wiki": "xx", "小说": "bb", "wiki_zh": "cc"}}], "'wiki': its corpus is not the one"),
+        ([{}, {"groups": entry().groups[::-1]}], "group 'en' was number 1"),
+        ([{}, {"batch_size": 0}], "batch size 0"),
+    ],
+)
+def test_entries_that_do_not_follow_are_refused_by_file_and_reason(tmp_path, changes, message):
+    path = tmp_path / "ledger.json"
+    write_ledger(path, [replace(entry(), **change) for change in changes])
+    with pytest.raises(UserError, match=message) as caught:
+        read_ledger(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_in_the_past_is_refused():
+    sampler = build_sampler([entry()])
+    for _ in range(3):
+        sampler.plan()
+    before = sampler.state_dict()
+    with pytest.raises(UserError, match="step 3 is planned already"):
+        sampler.change(3, 8, entry().groups, entry().schedule)
+    assert sampler.state_dict() == before
