@@ -67,8 +67,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['cpu']}, {result['threads']} threads; Python {result['python']}, torch {result['torch']}, "
         f"transformers {result['transformers']} (SDPA attention); fp32. A step is forward, backward, clip and AdamW "
-        f"over all micro-batches; contenders take turns step by step, {result['steps']} measured steps each. The machine's "
-        f"load was {result['load_average']} before the start: where that is not near 0, read the CPU time.",
+        f"over all micro-batches; contenders take turns step by step, {result['steps']} measured steps each. The "
+        f"machine's load was {result['load_average']} before the start: where that is not near 0, read the CPU time.",
     ]
     for shape in result["shapes"]:
         tokens = shape["seq_length"] * shape["micro_batch"] * shape["accumulation"]
