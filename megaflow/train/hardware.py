@@ -36,11 +36,11 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, given: float | None) -
 
 
 def measured_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of the best of five square matrix products."""
+    """TFLOP/s of the best of twenty square matrix products."""
     size = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         product = a @ b
         if device.type == "cuda":
