@@ -12,18 +12,15 @@ All numbers are little-endian.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
-from functools import cached_property
+from bisect import bisect_right
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.manifest import Manifest, hash_blocks, read_manifest
+from megaflow.data.blocks import BlockFile, Verify
+from megaflow.data.manifest import Manifest, read_manifest
 from megaflow.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -31,12 +28,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 UINT16_VOCABULARY = 65_500
 """Vocabularies below this size are stored in two bytes a token."""
-CHUNK = 1 << 20
-"""Index entries written at a time."""
 
 Int64Array = npt.NDArray[np.int64]
-Verify = Literal["off", "lazy", "full"]
-"""When blocks are held against the manifest's checksums: never, when they are first read, or all of them at opening."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -55,22 +48,36 @@ def pack_suffix(seq_length: int) -> str:
 
 
 class Corpus:
-    """A corpus opened for reading: nothing is read but headers until tokens are asked for.
+    """A corpus opened for reading: only headers are read until tokens are asked for, then only what is asked for.
 
-    Attributes: `prefix`, `manifest`, `tokens` (memory-mapped, [num_tokens]), `num_tokens`, `num_documents`.
+    Every method that reads raises UserError where the files are damaged.
+
+    Attributes: `prefix`, `manifest`, `num_tokens`, `num_documents`, `num_packs` (0 where it is not packed).
     """
 
-    def __init__(self, prefix: Path, manifest: Manifest, dtype: np.dtype, documents: int) -> None:
+    def __init__(self, prefix: Path, manifest: Manifest, dtype: np.dtype, documents: int, verify: Verify) -> None:
         self.prefix = prefix
         self.manifest = manifest
         self.num_documents = documents
         self.num_tokens = manifest.tokens
-        self.tokens: np.ndarray = _map(corpus_path(prefix, "bin"), dtype)
-        self._mask = _map(corpus_path(prefix, "mask"), np.dtype("u1")) if "mask" in manifest.blocks else None
+        self.num_packs = manifest.packs or 0
+        self._itemsize = dtype.itemsize
+        self._offsets_at = HEADER.size + 4 * documents
+        self._index = self._file("idx", verify)
+        # 8-byte numbers at odd addresses: a memoryview reads single ones as fast as a list
+        self._offsets = self._index.bytes.data[self._offsets_at : self._offsets_at + 8 * documents].cast("q")
+        self._bin = self._file("bin", verify)
+        self._tokens = self._bin.bytes.view(dtype)
+        self._ids = self._tokens.view(f"<u{dtype.itemsize}")  # of which a negative id is a large one
+        self._mask = self._file("mask", verify) if "mask" in manifest.blocks else None
+        self._packs = None if manifest.seq_length is None else self._file(pack_suffix(manifest.seq_length), verify)
 
     @classmethod
     def open(cls, prefix: str | Path, verify: Verify = "lazy") -> Corpus:
         """Open `<prefix>.bin`, `.idx` and `.json`, checking the header's arithmetic and the files' sizes.
+
+        Args:
+            verify: when the files' blocks are held against the manifest's checksums; see `Verify`.
 
         Raises:
             UserError: a file is missing, or is not what its header and the manifest say.
@@ -83,51 +90,100 @@ class Corpus:
             _check_size(corpus_path(prefix, "mask"), (manifest.tokens + 7) // 8)
         if manifest.seq_length is not None:
             _check_size(corpus_path(prefix, pack_suffix(manifest.seq_length)), ((manifest.packs or 0) + 1) * 8)
-        return cls(prefix, manifest, dtype, documents)
+        return cls(prefix, manifest, dtype, documents, verify)
+
+    def _file(self, suffix: str, verify: Verify) -> BlockFile:
+        path, blocks = corpus_path(self.prefix, suffix), self.manifest.blocks.get(suffix, [])
+        return BlockFile(
+            path, blocks, self.manifest.block_bytes, verify, lambda start, stop: self._located(suffix, start, stop)
+        )
+
+    def _located(self, suffix: str, start: int, stop: int) -> str:
+        """What lies in a range of a file's bytes, in words."""
+        if suffix.startswith("packs-"):
+            return f"packs {max(0, start // 8 - 1)} to {min(self.num_packs, (stop + 7) // 8) - 1}"
+        if suffix == "idx":
+            documents = (start - self._offsets_at) // 8, (stop - 1 - self._offsets_at) // 8
+            if documents[0] >= self.num_documents or documents[1] < 0:
+                return "no data that training uses"
+        else:
+            scale = 8 * self._itemsize if suffix == "mask" else 1
+            documents = self._document_at(start * scale), self._document_at(stop * scale - 1)
+        first, last = (min(max(0, document), self.num_documents - 1) for document in documents)
+        return f"documents {first} to {last}"
+
+    def _document_at(self, offset: int) -> int:
+        """The document that holds byte `offset` of `.bin`, as the index says, checked or not."""
+        return bisect_right(self._offsets, offset) - 1
 
     @property
     def has_mask(self) -> bool:
         """Whether any token carries no loss."""
         return self._mask is not None
 
-    @cached_property
-    def doc_starts(self) -> Int64Array:
-        """[num_documents + 1] first token of each document, and the number of tokens last."""
-        offsets = np.fromfile(
-            corpus_path(self.prefix, "idx"), "<i8", self.num_documents, offset=HEADER.size + 4 * self.num_documents
-        )
-        starts = np.append(offsets // self.tokens.itemsize, self.num_tokens)
-        if np.any(starts[1:] <= starts[:-1]):
-            raise UserError(f"{corpus_path(self.prefix, 'idx')}: document offsets do not increase; prepare it again")
-        return starts
-
-    @cached_property
-    def pack_starts(self) -> Int64Array:
-        """[packs + 1] first document of each pack, and the number of documents last.
-
-        Raises:
-            UserError: the corpus is not packed, or its pack index is damaged.
-        """
-        if self.manifest.seq_length is None:
-            raise UserError(f"{self.prefix}: a {self.manifest.kind} corpus has no packs")
-        path = corpus_path(self.prefix, pack_suffix(self.manifest.seq_length))
-        starts = np.fromfile(path, "<u8").astype(np.int64)
-        if starts[0] != 0 or starts[-1] != self.num_documents or np.any(starts[1:] <= starts[:-1]):
-            raise UserError(f"{path}: not a pack index of {self.num_documents} documents; prepare it again")
-        return starts
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] the ids of tokens `start .. stop - 1`, a view of the file; `start < stop`."""
+        self._bin.check(start * self._itemsize, stop * self._itemsize)
+        ids, vocab_size = self._ids[start:stop], self.manifest.tokenizer.vocab_size
+        if ids.max() >= vocab_size:
+            at = start + int(np.argmax(ids >= vocab_size))
+            raise UserError(
+                f"{self._bin.path}: token {at} (document {self._document_at(at * self._itemsize)}) is id "
+                f"{self._tokens[at]}, outside the vocabulary of {vocab_size}; prepare the corpus again"
+            )
+        return self._tokens[start:stop]
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """[stop - start] whether each token of the range carries loss as a label."""
+        """[stop - start] whether each token of the range carries loss as a label; `start < stop`."""
         if self._mask is None:
             return np.ones(stop - start, dtype=np.bool_)
-        first = start // 8
-        bits = np.unpackbits(self._mask[first : (stop + 7) // 8], bitorder="little")
+        first, last = start // 8, (stop + 7) // 8
+        self._mask.check(first, last)
+        bits = np.unpackbits(self._mask.bytes[first:last], bitorder="little")
         return bits[start - 8 * first : stop - 8 * first].view(np.bool_)
 
+    def document_start(self, document: int) -> int:
+        """First token of `document`; the number of tokens for the number of documents."""
+        if document == self.num_documents:
+            return self.num_tokens
+        self._check_offsets(document, document + 1)
+        return self._offsets[document] // self._itemsize
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A plain array over a memory-mapped file (slices of np.memmap itself are several times slower)."""
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    def starts_within(self, start: int, stop: int) -> Int64Array:
+        """[D] where documents start in tokens `start + 1 .. stop` (inclusive), relative to `start`, ascending.
+
+        The end of the stream counts as a start, as it is on a ring. Found by binary search: whichever offsets it
+        passes, what it ends at is right if the blocks around it are.
+        """
+        size = self._itemsize
+        first = bisect_right(self._offsets, start * size)
+        last = bisect_right(self._offsets, stop * size, first, min(first + stop - start, self.num_documents))
+        self._check_offsets(max(0, first - 1), min(last + 1, self.num_documents))
+        at_end = stop >= self.num_tokens
+        starts = np.empty(last - first + at_end, dtype=np.int64)
+        inside = starts[: last - first]
+        np.floor_divide(np.frombuffer(self._offsets[first:last], dtype="<i8"), size, out=inside)
+        inside -= start
+        if at_end:
+            starts[-1] = self.num_tokens - start
+        if first == 0 or (len(starts) and (starts[0] < 1 or (starts[1:] <= starts[:-1]).any())):
+            raise UserError(f"{self._index.path}: the offsets near document {first} do not increase; prepare it again")
+        return starts
+
+    def _check_offsets(self, first: int, last: int) -> None:
+        self._index.check(self._offsets_at + 8 * first, self._offsets_at + 8 * last)
+
+    def pack(self, index: int) -> tuple[int, int]:
+        """First and last (exclusive) document of a pack."""
+        assert self._packs is not None, "a text corpus has no packs"
+        self._packs.check(8 * index, 8 * index + 16)
+        first, last = self._packs.bytes[8 * index : 8 * index + 16].view("<u8").tolist()
+        if not first < last <= self.num_documents:
+            raise UserError(
+                f"{self._packs.path}: pack {index} is said to be documents {first} to {last - 1} of "
+                f"{self.num_documents}; prepare it again"
+            )
+        return first, last
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -164,138 +220,6 @@ def _check_index(prefix: Path, manifest: Manifest) -> tuple[np.dtype, int]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     dtype = DTYPE_CODES[code]
     end = last_offset + last_length * dtype.itemsize
-    if end != manifest.tokens * dtype.itemsize:
+    if end != manifest.tokens * dtype.itemsize or manifest.tokens < documents:
         raise UserError(f"{path}: documents end at byte {end} of {manifest.tokens * dtype.itemsize}; prepare it again")
     return dtype, documents
-
-
-class CorpusWriter:
-    """Writes a corpus beside its final names and puts it there at once.
-
-    Files are written as `.tmp-<name>` in the prefix's folder; `finish` completes them, then renames, the manifest last.
-    Leaving the `with` block without `finish`, by an exception or otherwise, removes them.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = dtype
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.tokens = 0
-        self.loss_tokens = 0
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._suffixes = ["bin", "idx", "mask"]
-        self._masked = False
-        self._mask_rest = np.empty(0, dtype=np.uint8)
-        self._bin = self._temporary("bin").open("wb")
-        self._mask = self._temporary("mask").open("wb")
-
-    def __enter__(self) -> CorpusWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bin.close()
-        self._mask.close()
-        for suffix in [*self._suffixes, "json"]:
-            self._temporary(suffix).unlink(missing_ok=True)
-
-    def _temporary(self, suffix: str) -> Path:
-        return self.prefix.with_name(f".tmp-{self.prefix.name}.{suffix}")
-
-    def add_document(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
-        """Append one document: its ids, and 1 or 0 for each token that carries loss or not (default all 1)."""
-        tokens = np.asarray(ids)
-        bits = None if mask is None else np.asarray(mask, dtype=np.uint8)
-        self.add_documents(tokens, np.array([len(tokens)], dtype=np.int32), bits)
-
-    def add_documents(self, tokens: np.ndarray, lengths: npt.NDArray[np.int32], mask: np.ndarray | None = None) -> None:
-        """Append documents given back to back: `tokens` [sum(lengths)], `mask` the same shape, 0 = no loss.
-
-        Raises:
-            ValueError: an empty document, lengths that do not add up, or ids the token type cannot hold.
-        """
-        if lengths.sum(dtype=np.int64) != len(tokens) or np.any(lengths <= 0):
-            raise ValueError("documents need at least one token, and lengths must sum to the tokens given")
-        limits = np.iinfo(self.dtype)
-        if len(tokens) and not limits.min <= int(tokens.min()) <= int(tokens.max()) <= limits.max:
-            raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
-        self._bin.write(tokens.astype(self.dtype).tobytes())
-        bits = np.ones(len(tokens), dtype=np.uint8) if mask is None else (mask != 0).astype(np.uint8)
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self.loss_tokens += int(bits.sum(dtype=np.int64)) - int(bits[starts].sum(dtype=np.int64))
-        self._masked |= not bits.all()
-        bits = np.concatenate([self._mask_rest, bits])
-        whole = len(bits) // 8 * 8
-        self._mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
-        self._mask_rest = bits[whole:]
-        self._lengths.append(lengths.astype(np.int32))
-        self.tokens += len(tokens)
-
-    def write_packs(self, seq_length: int, documents_before: Int64Array) -> None:
-        """Write the pack index: `documents_before` [packs + 1]."""
-        suffix = pack_suffix(seq_length)
-        self._suffixes.append(suffix)
-        self._temporary(suffix).write_bytes(documents_before.astype("<u8").tobytes())
-
-    def _write_index(self) -> int:
-        lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
-        with self._temporary("idx").open("wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, _code(self.dtype), len(lengths), len(lengths) + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            offset = 0
-            for i in range(0, len(lengths), CHUNK):
-                sizes = lengths[i : i + CHUNK].astype(np.int64) * self.dtype.itemsize
-                ends = offset + np.cumsum(sizes)
-                file.write((ends - sizes).astype("<i8").tobytes())
-                offset = int(ends[-1])
-            for i in range(0, len(lengths) + 1, CHUNK):
-                file.write(np.arange(i, min(i + CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
-        return len(lengths)
-
-    def complete(self, manifest: Manifest) -> Manifest:
-        """Write everything still missing under temporary names; counts and checksums are filled in here."""
-        self._mask.write(np.packbits(self._mask_rest, bitorder="little").tobytes())
-        self._bin.close()
-        self._mask.close()
-        documents = self._write_index()
-        if not self._masked:
-            self._temporary("mask").unlink()
-            self._suffixes.remove("mask")
-        counts = {"documents": documents, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
-        blocks = {suffix: hash_blocks(self._temporary(suffix)) for suffix in self._suffixes}
-        manifest = manifest.model_copy(update={**counts, "blocks": blocks})
-        self._temporary("json").write_text(manifest.to_json(), encoding="utf-8")
-        for suffix in [*self._suffixes, "json"]:
-            with self._temporary(suffix).open("rb") as file:
-                os.fsync(file.fileno())
-        return manifest
-
-    def commit(self) -> None:
-        """Give the completed files their names, taking away a corpus of this name first; the manifest comes last."""
-        remove_corpus(self.prefix)
-        for suffix in [*self._suffixes, "json"]:
-            os.replace(self._temporary(suffix), corpus_path(self.prefix, suffix))
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-            folder = os.open(self.prefix.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-    def finish(self, manifest: Manifest) -> Manifest:
-        """Complete and commit; returns the manifest as written."""
-        manifest = self.complete(manifest)
-        self.commit()
-        return manifest
-
-
-def _code(dtype: np.dtype) -> int:
-    return next(code for code, known in DTYPE_CODES.items() if known == dtype)
-
-
-def remove_corpus(prefix: Path) -> None:
-    """Remove a corpus's files, its manifest first so that what remains of an interrupted removal is no corpus."""
-    for suffix in ("json", "bin", "idx", "mask"):
-        corpus_path(prefix, suffix).unlink(missing_ok=True)
-    for packs in prefix.parent.glob("*.packs-*"):
-        if packs.name.startswith(f"{prefix.name}.packs-"):
-            packs.unlink()

@@ -50,7 +50,7 @@ class Encoded:
     Attributes:
         tokens, mask: ids, and 0 where a token carries no loss (None if all do).
         lengths, bytes, loss_bytes, heldout: per document.
-        records: how many records the chunk had.
+        records: how many records the chunk had; blank lines are none.
         bad, too_long: `file:line: reason` of the first few; `num_bad`, `num_too_long` count all.
     """
 
@@ -77,7 +77,11 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions) -> Encoded:
     tokenizer = _tokenizer(options.tokenizer)
     bad: list[str] = []
     examples, numbers = [], []
+    blank = 0
     for number, record in enumerate(chunk.records, start=chunk.first):
+        if chunk.format in ("jsonl", "lines") and (not record or record.isspace()):
+            blank += 1
+            continue
         try:
             examples.append(options.format.example(record, chunk.format))
             numbers.append(number)
@@ -113,7 +117,7 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions) -> Encoded:
         bytes=columns[:, 1],
         loss_bytes=columns[:, 2],
         heldout=columns[:, 3].astype(np.bool_),
-        records=len(chunk.records),
+        records=len(chunk.records) - blank,
         num_bad=len(bad),
         num_too_long=len(too_long),
         bad=bad[:SHOWN],
@@ -121,9 +125,10 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions) -> Encoded:
     )
 
 
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which stops the workers."""
+def _reset_signals() -> None:
+    """Leave Ctrl-C to the parent, which stops the workers; end on SIGTERM as processes do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def encode_all(chunks: Iterator[Chunk], options: PrepareOptions) -> Iterator[Encoded]:
@@ -135,7 +140,7 @@ def encode_all(chunks: Iterator[Chunk], options: PrepareOptions) -> Iterator[Enc
     if options.workers == 1:
         yield from (encode_chunk(chunk, options) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("fork"), initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("fork"), initializer=_reset_signals)
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
@@ -146,5 +151,7 @@ def encode_all(chunks: Iterator[Chunk], options: PrepareOptions) -> Iterator[Enc
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed, most likely for memory; use fewer --workers") from error
+    except BlockingIOError as error:
+        raise UserError("the system has no room for more processes; use fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

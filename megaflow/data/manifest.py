@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaflow.data.tokenizer import Tokenizer
 from megaflow.errors import UserError
@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     """Input records that could not be used."""
     too_long: int = 0
     """Examples left out because they are longer than `seq_length`."""
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int = Field(default=BLOCK_BYTES, ge=1)
     blocks: dict[str, list[str]] = {}
     """xxh3-64 of each `block_bytes` of each file, by the file's suffix."""
     command: str = ""

@@ -28,16 +28,6 @@ def pack(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[Int64Array, Int
     return order.astype(np.int64), np.concatenate([[0], np.cumsum(per_pack)]).astype(np.int64)
 
 
-def inner_starts(doc_starts: Int64Array, start: int, stop: int) -> Int64Array:
-    """Where documents start in tokens `start + 1 .. stop` (inclusive), relative to `start`.
-
-    `doc_starts` [D + 1] ends with the number of tokens: the end of the stream counts as a start, as it is on a ring.
-    """
-    first = doc_starts.searchsorted(start, side="right")
-    last = doc_starts.searchsorted(stop, side="right")
-    return doc_starts[first:last] - start
-
-
 def lengths_between(starts: Int64Array, length: int) -> Int64Array:
     """Lengths of the pieces that cuts at `starts` (ascending, in 1..length) make of a window of `length`."""
     edges = np.empty(len(starts) + 2, dtype=np.int64)
@@ -46,7 +36,7 @@ def lengths_between(starts: Int64Array, length: int) -> Int64Array:
     edges[-1] = length
     if len(starts) and starts[-1] == length:
         edges = edges[:-1]
-    return np.diff(edges)
+    return edges[1:] - edges[:-1]
 
 
 def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
@@ -58,6 +48,7 @@ def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
 
 def restarting_positions(cu_seqlens: npt.NDArray[np.int32]) -> Int64Array:
     """[cu_seqlens[-1]] position of each token in its document."""
-    positions = np.arange(cu_seqlens[-1], dtype=np.int64)
-    positions -= np.repeat(cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens))
-    return positions
+    steps = np.ones(cu_seqlens[-1], dtype=np.int64)
+    steps[0] = 0
+    steps[cu_seqlens[1:-1]] = cu_seqlens[:-2] - cu_seqlens[1:-1] + 1
+    return np.cumsum(steps, out=steps)

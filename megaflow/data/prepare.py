@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.corpus import CorpusWriter, Int64Array, corpus_path, remove_corpus, token_dtype
+from megaflow.data.corpus import Int64Array, corpus_path, pack_suffix, token_dtype
 from megaflow.data.encode import SHOWN, Encoded, PrepareOptions, encode_all
 from megaflow.data.manifest import Manifest, TokenizerInfo
 from megaflow.data.order import hash_ints, perm_many
@@ -23,6 +23,7 @@ from megaflow.data.packing import pack
 from megaflow.data.readers import Chunk, file_format, read_chunks
 from megaflow.data.sources import heldout_prefix
 from megaflow.data.tokenizer import load_tokenizer
+from megaflow.data.writer import CorpusWriter, remove_corpus, remove_temporaries, temporary_path
 from megaflow.errors import UserError
 
 GATHER_TOKENS = 1 << 22
@@ -50,7 +51,7 @@ class _Spool:
 
     def __init__(self, prefix: Path, dtype: np.dtype, masked: bool) -> None:
         self.dtype = dtype
-        self.paths = [prefix.with_name(f".tmp-{prefix.name}.spool-{part}") for part in ("tokens", "mask")]
+        self.paths = [temporary_path(prefix, f"spool-{part}") for part in ("tokens", "mask")]
         self.files: list[IO[bytes]] = [path.open("wb") for path in self.paths]
         self.masked = masked
         self.columns: list[npt.NDArray[np.int64]] = []
@@ -94,18 +95,49 @@ def prepare_corpus(
 ) -> PrepareReport:
     """Make the corpus `<prefix>` (and `<prefix>.heldout`) of the input files, in their order.
 
-    Nothing appears under a final name unless everything succeeded.
+    Nothing appears under a final name unless everything succeeded. A corpus that is replaced is there whole until the
+    new one is complete beside it; while they change places there is none.
 
     Raises:
-        UserError: an input or option is wrong, too many records are bad, or there is nothing to train on.
+        UserError: an input or option is wrong, too many records are bad, there is nothing to train on, or the corpus
+            cannot be written.
     """
     prefix = Path(prefix)
+    try:
+        return _prepare(prefix, inputs, options, progress)
+    except OSError as error:  # of the outputs: readers name their own files
+        where = f"{prefix}: " + (f"{error.filename}: " if error.filename else "")
+        raise UserError(
+            f"{where}cannot be written ({error.strerror or error}); give another OUT, or make room or leave to write "
+            "there"
+        ) from error
+
+
+def _check_place(prefix: Path, options: PrepareOptions) -> None:
+    """Refuse a name that cannot be a corpus's, and one that is taken."""
+    if prefix.name in ("", ".."):
+        raise UserError(f"{prefix}: not a corpus's name; OUT is a folder and the start of a file name, as data/en")
+    suffixes = ["bin", "idx", "mask", "json"]
+    if options.seq_length is not None:
+        suffixes.append(pack_suffix(options.seq_length))
+    for side in (prefix, heldout_prefix(prefix)):
+        for path in (corpus_path(side, suffix) for suffix in suffixes):
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, where a file of the corpus belongs; choose another name")
     if corpus_path(prefix, "json").exists() and not options.overwrite:
         raise UserError(f"{prefix}: a corpus is there already; choose another name or give --overwrite")
+
+
+def _prepare(
+    prefix: Path, inputs: Sequence[str | Path], options: PrepareOptions, progress: Progress | None
+) -> PrepareReport:
+    _check_place(prefix, options)
     formats = [file_format(Path(path), options.txt_per_line) for path in inputs]
     tokenizer = load_tokenizer(options.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    for side in (prefix, heldout_prefix(prefix)):
+        remove_temporaries(side)
     report = PrepareReport()
 
     def chunks() -> Iterator[Chunk]:
@@ -169,6 +201,8 @@ def _write(
                 sums = columns[1:3, chosen_documents].sum(axis=1)
                 manifest = writer.complete(_manifest(options, tokenizer, report, sums, packs, int(heldout.sum())))
                 finished.append((writer, manifest, held))
+        # the old corpus goes first, the new one's manifest comes last: held-out documents are never those of another
+        remove_corpus(prefix)
         remove_corpus(heldout_prefix(prefix))
         for writer, manifest, held in finished:
             writer.commit()

@@ -5,24 +5,15 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megaflow.data.corpus import Corpus, Int64Array, Verify, corpus_path
+from megaflow.data.blocks import Verify
+from megaflow.data.corpus import Corpus, Int64Array, corpus_path
 from megaflow.data.order import window_offset
-from megaflow.data.packing import IGNORE, inner_starts, lengths_between
+from megaflow.data.packing import IGNORE, lengths_between
 from megaflow.errors import UserError
-
-
-@dataclass(frozen=True)
-class Window:
-    """A training sequence: `tokens` and `labels` [S] (-100 = no loss), `lengths` [D] of its documents, padding last."""
-
-    tokens: Int64Array
-    labels: Int64Array
-    lengths: Int64Array
 
 
 class Source(ABC):
@@ -41,24 +32,28 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        """Fill `tokens` and `labels` [S] with window `index` of `epoch`; returns the lengths of its documents."""
+        """Fill `tokens` and `labels` [S] (-100 = no loss) with window `index` (0 <= index < num_windows) of `epoch`.
 
-    def window(self, epoch: int, index: int) -> Window:
-        """Window `index` (0 <= index < num_windows) of `epoch`."""
-        tokens, labels = np.empty((2, self.seq_length), dtype=np.int64)
-        return Window(tokens, labels, self.read(epoch, index, tokens, labels))
+        Returns:
+            [D] lengths of its documents, padding last.
+
+        Raises:
+            UserError: what was to be read is damaged.
+        """
 
     def _read_span(self, start: int, stop: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         """Inputs `start .. stop - 1`, padded to S; the label of each is the next token of its document."""
         corpus, length = self.corpus, stop - start
-        tokens[:length] = corpus.tokens[start:stop]
-        tokens[length:] = corpus.manifest.tokenizer.eos_id
-        end = min(stop + 1, corpus.num_tokens)
-        labels[: end - start - 1] = corpus.tokens[start + 1 : end]
-        labels[end - start - 1 :] = IGNORE
+        ids = corpus.tokens(start, min(stop + 1, corpus.num_tokens))
+        labelled = len(ids) - 1
+        tokens[:length] = ids[:length]
+        labels[:labelled] = ids[1:]
+        if labelled < self.seq_length:
+            tokens[length:] = corpus.manifest.tokenizer.eos_id
+            labels[labelled:] = IGNORE
         if corpus.has_mask:
-            labels[: end - start - 1][~corpus.loss_mask(start + 1, end)] = IGNORE
-        starts = inner_starts(corpus.doc_starts, start, stop)
+            labels[:labelled][~corpus.loss_mask(start, start + labelled + 1)[1:]] = IGNORE
+        starts = corpus.starts_within(start, stop)
         labels[starts - 1] = IGNORE
         if length < self.seq_length and (len(starts) == 0 or starts[-1] != length):
             starts = np.append(starts, length)
@@ -95,14 +90,14 @@ class TextSource(Source):
         corpus, length = self.corpus, self.seq_length
         left = corpus.num_tokens - start
         rest = length + 1 - left
-        ring = np.concatenate([corpus.tokens[start:], corpus.tokens[:rest]])
+        ring = np.concatenate([corpus.tokens(start, corpus.num_tokens), corpus.tokens(0, rest)])
         tokens[:] = ring[:-1]
         labels[:] = ring[1:]
         if corpus.has_mask:
             mask = np.concatenate([corpus.loss_mask(start, corpus.num_tokens), corpus.loss_mask(0, rest)])
             labels[~mask[1:]] = IGNORE
-        before = inner_starts(corpus.doc_starts, start, corpus.num_tokens)
-        after = inner_starts(corpus.doc_starts, 0, rest - 1) + left
+        before = corpus.starts_within(start, corpus.num_tokens)
+        after = corpus.starts_within(0, rest - 1) + left
         starts = np.concatenate([before, after])
         labels[starts - 1] = IGNORE
         return lengths_between(starts, length)
@@ -119,12 +114,13 @@ class PackedSource(Source):
                 f"source {name} ({corpus.prefix}): packed for sequences of {packed}, not {seq_length}; prepare it "
                 f"again with: {_repack_command(corpus, seq_length)}"
             )
-        self.num_windows = len(corpus.pack_starts) - 1
+        self.num_windows = corpus.num_packs
 
     def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        first, last = self.corpus.pack_starts[index : index + 2]
-        start, stop = self.corpus.doc_starts[first], self.corpus.doc_starts[last]
-        return self._read_span(int(start), int(stop), tokens, labels)
+        start, stop = map(self.corpus.document_start, self.corpus.pack(index))
+        if not start < stop <= start + self.seq_length:
+            raise UserError(f"{self.corpus.prefix}: pack {index} has {stop - start} tokens; prepare it again")
+        return self._read_span(start, stop, tokens, labels)
 
 
 class SequentialSource(Source):

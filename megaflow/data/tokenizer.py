@@ -157,6 +157,8 @@ def _special_names(path: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; write eos_token and bos_token in one, or remove the file")
     names = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         token = config.get(key)

@@ -25,7 +25,7 @@ def unigram_loss(prefix: str | Path, seq_length: int, max_windows: int | None = 
     corpus = Corpus.open(prefix)
     counts = np.ones(corpus.manifest.tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, corpus.num_tokens, CHUNK):
-        counts += np.bincount(corpus.tokens[start : start + CHUNK], minlength=len(counts))
+        counts += np.bincount(corpus.tokens(start, min(start + CHUNK, corpus.num_tokens)), minlength=len(counts))
     losses = np.log(counts.sum()) - np.log(counts)
     total, tokens = 0.0, 0
     for batch in heldout_batches(held, 16, max_windows=max_windows):

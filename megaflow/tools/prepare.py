@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from megaflow.data.encode import PrepareOptions
     from megaflow.data.manifest import Manifest
     from megaflow.data.prepare import PrepareReport
+
+
+WORKERS_PER_CPU = 4
+"""Processes allowed per CPU."""
 
 
 class KindChoice(StrEnum):
@@ -75,7 +81,7 @@ def prepare(
     heldout: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of documents held out, by hash of their text, to OUT.heldout.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of documents.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = os.cpu_count() or 1,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of records that may be unusable before it is an error.")
@@ -96,6 +102,9 @@ def prepare(
         )
     if kind is KindChoice.text and loss is LossChoice.response:
         raise UserError("--loss response is for --kind parallel and instruction")
+    limit = WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if workers > limit:
+        raise UserError(f"--workers {workers}: at most {limit} on this machine, {WORKERS_PER_CPU} for each of its CPUs")
     fields = {
         KindChoice.text: (text_field,),
         KindChoice.parallel: (source_field, target_field),
@@ -120,7 +129,17 @@ def prepare(
         overwrite=overwrite,
         command=shlex.join(["megaflow", *sys.argv[1:]]),
     )
-    _print_report(out, _prepare(out, inputs, options))
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        report = _prepare(out, inputs, options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _print_report(out, report)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    """End as from an exception, so that temporary files are removed."""
+    sys.exit(128 + number)
 
 
 def _prepare(out: Path, inputs: list[Path], options: PrepareOptions) -> PrepareReport:

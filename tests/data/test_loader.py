@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.corpus import Corpus, CorpusWriter
+from megaflow.data.corpus import Corpus
 from megaflow.data.loader import Batch, Loader, heldout_batches, make_batch
 from megaflow.data.manifest import Manifest, TokenizerInfo
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
@@ -30,7 +30,9 @@ from megaflow.data.sources import (
     open_source,
     open_sources,
 )
+from megaflow.data.writer import CorpusWriter
 from megaflow.errors import UserError
+from tests.data.corpora import add_document, finish, read_window
 
 EOS = 2
 TOKENIZER = TokenizerInfo(
@@ -58,7 +60,7 @@ def write_corpus(
         for place, document in enumerate(order):
             ids = [3 + (len(tokens) + i) % 900 for i in range(lengths[document])]
             mask = [not masked or i % 3 != 1 for i in range(lengths[document])]
-            writer.add_document(ids, mask)
+            add_document(writer, ids, mask)
             tokens += [(token, place, bit) for token, bit in zip(ids, mask, strict=True)]
         manifest = Manifest(
             kind="text" if seq_length is None else "parallel",
@@ -74,7 +76,7 @@ def write_corpus(
             packs=packs,
             command=command,
         )
-        writer.finish(manifest)
+        finish(writer, manifest)
     return tokens
 
 
@@ -98,7 +100,7 @@ def oracle(stream: list[tuple[int, int, bool] | None], length: int) -> tuple[lis
 
 
 def check(source: Source, epoch: int, index: int, stream: list[tuple[int, int, bool] | None]) -> None:
-    window = source.window(epoch, index)
+    window = read_window(source, epoch, index)
     tokens, labels, documents = oracle(stream, source.seq_length)
     assert window.tokens.tolist() == tokens
     assert window.labels.tolist() == labels
@@ -135,7 +137,7 @@ def test_an_epoch_of_windows_labels_every_token_once(tmp_path: Path) -> None:
     """When the length divides the corpus; a window of another epoch is cut elsewhere."""
     tokens = write_corpus(tmp_path / "c", [7, 5, 12, 8])
     source = open_source("en", tmp_path / "c", 8, 3)
-    epochs = [[source.window(epoch, index) for index in range(4)] for epoch in range(4)]
+    epochs = [[read_window(source, epoch, index) for index in range(4)] for epoch in range(4)]
     for windows in epochs:
         assert sorted(np.concatenate([w.tokens for w in windows]).tolist()) == sorted(token for token, _, _ in tokens)
         assert sum((w.labels != -100).sum() for w in windows) == 32 - 4
@@ -154,7 +156,7 @@ def test_packed_windows_hold_whole_examples(
     assert isinstance(source, PackedSource)
     seen = 0
     for index in range(source.num_windows):
-        first, last = source.corpus.pack_starts[index : index + 2]
+        first, last = source.corpus.pack(index)
         inside = [entry for entry in tokens if first <= entry[1] < last]
         assert inside == tokens[seen : seen + len(inside)]
         seen += len(inside)
@@ -175,7 +177,7 @@ def test_sequential_windows_carry_each_label_once(
     for index in range(source.num_windows):
         stream = [*tokens, *[None] * (seq_length + 1)][index * seq_length : (index + 1) * seq_length + 1]
         check(source, 0, index, stream)
-        loss_tokens += int((source.window(0, index).labels != -100).sum())
+        loss_tokens += int((read_window(source, 0, index).labels != -100).sum())
     assert loss_tokens == corpus.manifest.loss_tokens
 
 
@@ -186,7 +188,7 @@ def test_a_batch_is_its_windows(tmp_path: Path) -> None:
     cards = [(4, 0, 1), (6, 2, 0), (9, 1, 2)]
     flat = [0, 1, 0]
     batch = make_batch(sources, flat, cards, document_boundaries=True)
-    windows = [sources[f].window(epoch, index) for f, (_, epoch, index) in zip(flat, cards, strict=True)]
+    windows = [read_window(sources[f], epoch, index) for f, (_, epoch, index) in zip(flat, cards, strict=True)]
     lengths = [int(length) for window in windows for length in window.lengths]
     assert batch.tokens.tolist() == [window.tokens.tolist() for window in windows]
     assert batch.labels.tolist() == [window.labels.tolist() for window in windows]
@@ -238,7 +240,7 @@ def test_ranks_share_a_step(tmp_path: Path, dp: int, micro_batch_size: int) -> N
                 for row, (card, epoch, index) in enumerate(batch.cards):
                     flat = int(batch.sources[row])
                     assert (flat, epoch, index) == (deck.source[card], deck.epoch[card], deck.window[card])
-                    window = sources[flat].window(epoch, index)
+                    window = read_window(sources[flat], epoch, index)
                     assert batch.tokens[row].tolist() == window.tokens.tolist()
                     found.append(card)
         assert sorted(found) == list(range(8))
@@ -307,8 +309,10 @@ def test_damaged_pack_index_is_named(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", [3, 4, 9], 10)
     path = tmp_path / "c.packs-10"
     path.write_bytes(path.read_bytes()[:-8] + (2).to_bytes(8, "little"))
-    with pytest.raises(UserError, match="packs-10: not a pack index of 3 documents"):
-        open_source("pairs", tmp_path / "c", 10, 0)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="packs-10: 16 bytes where 24 belong"):
-        open_source("pairs", tmp_path / "c", 10, 0)
+    with pytest.raises(UserError, match=r"packs-10: pack 1 is said to be documents 2 to 1 of 3"):
+        read_window(open_source("pairs", tmp_path / "c", 10, 0, "off"), 0, 1)
+    with pytest.raises(UserError, match=r"packs-10: bytes 0 to 23 \(packs 0 to 1\) are not what was written"):
+        read_window(open_source("pairs", tmp_path / "c", 10, 0), 0, 0)
+    path.write_bytes(b"".join(entry.to_bytes(8, "little") for entry in (0, 3, 3)))
+    with pytest.raises(UserError, match=r"c: pack 0 has 16 tokens"):
+        read_window(open_source("pairs", tmp_path / "c", 10, 0, "off"), 0, 0)

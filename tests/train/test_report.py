@@ -88,7 +88,8 @@ def test_unigram_loss_by_hand(corpora: dict[str, Path]) -> None:
     prefix = corpora["instruction"]
     held = open_heldout("instruction", prefix, 32)
     assert held is not None
-    tokens = torch.from_numpy(Corpus.open(prefix).tokens[:].astype("int64"))
+    corpus = Corpus.open(prefix)
+    tokens = torch.from_numpy(corpus.tokens(0, corpus.num_tokens).astype("int64"))
     counts = torch.bincount(tokens, minlength=6000).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     labels = torch.cat([batch.labels.flatten() for batch in heldout_batches(held, 2)])
