@@ -125,7 +125,7 @@ class Corpus:
         """[stop - start] the ids of tokens `start .. stop - 1`, a view of the file; `start < stop`."""
         self._bin.check(start * self._itemsize, stop * self._itemsize)
         ids, vocab_size = self._ids[start:stop], self.manifest.tokenizer.vocab_size
-        if ids.max() >= vocab_size:
+        if np.maximum.reduce(ids) >= vocab_size:
             at = start + int(np.argmax(ids >= vocab_size))
             raise UserError(
                 f"{self._bin.path}: token {at} (document {self._document_at(at * self._itemsize)}) is id "
@@ -159,13 +159,9 @@ class Corpus:
         first = bisect_right(self._offsets, start * size)
         last = bisect_right(self._offsets, stop * size, first, min(first + stop - start, self.num_documents))
         self._check_offsets(max(0, first - 1), min(last + 1, self.num_documents))
-        at_end = stop >= self.num_tokens
-        starts = np.empty(last - first + at_end, dtype=np.int64)
-        inside = starts[: last - first]
-        np.floor_divide(np.frombuffer(self._offsets[first:last], dtype="<i8"), size, out=inside)
-        inside -= start
-        if at_end:
-            starts[-1] = self.num_tokens - start
+        starts = (np.frombuffer(self._offsets[first:last], dtype="<i8") >> (size >> 1)) - start  # size is 2 or 4
+        if stop == self.num_tokens:
+            starts = np.append(starts, stop - start)
         if first == 0 or (len(starts) and (starts[0] < 1 or (starts[1:] <= starts[:-1]).any())):
             raise UserError(f"{self._index.path}: the offsets near document {first} do not increase; prepare it again")
         return starts

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megaflow.data.mix import Sampler
-from megaflow.data.packing import cumulative_lengths, restarting_positions
+from megaflow.data.packing import Int64Array, cumulative_lengths, fill_positions
 from megaflow.data.plan import StepPlan, count_micro_batches
 from megaflow.data.sources import Source
 
@@ -45,24 +45,31 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def make_batch(sources: Sequence[Source], flat: Sequence[int], cards: list[Card], document_boundaries: bool) -> Batch:
-    """Fetch the windows of `cards`, card i from `sources[flat[i]]`.
+def make_batch(
+    sources: Sequence[Source],
+    flat: Sequence[int],
+    cards: list[Card],
+    document_boundaries: bool,
+    memory: Int64Array | None = None,
+) -> Batch:
+    """Fetch the windows of `cards`, card i from `sources[flat[i]]`, into `memory` [3, B, S] if given.
 
     Without `document_boundaries`, each window counts as one document for attention and positions; labels still never
     cross from one document into the next.
     """
     shape = (len(cards), sources[flat[0]].seq_length)
-    tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+    tokens, labels, positions = np.empty((3, *shape), dtype=np.int64) if memory is None else memory
     documents = [
         sources[source].read(epoch, index, tokens[row], labels[row])
         for row, (source, (_, epoch, index)) in enumerate(zip(flat, cards, strict=True))
     ]
     lengths = np.concatenate(documents) if document_boundaries else np.full(shape[0], shape[1], dtype=np.int64)
     cu_seqlens = cumulative_lengths(lengths)
+    fill_positions(cu_seqlens, positions.reshape(-1))
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(restarting_positions(cu_seqlens).reshape(shape)),
+        positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(lengths.max()),
         sources=torch.tensor(flat, dtype=torch.int64),
@@ -101,13 +108,18 @@ class Loader:
         """Plan the next step and fetch this rank's micro-batches of it."""
         plan = self.sampler.plan()
         hands = plan.hand(self.dp, self.micro_batches, self.dp_rank)
-        return plan, [self._batch(plan, hand) for hand in hands]
+        # one allocation for the whole step: the allocator keeps it for the next one, where of many small ones it gives
+        # some back to the system, and page faults then take longer than the reading
+        shape = (len(hands), 3, len(hands[0]), self.sources[0].seq_length)
+        return plan, [
+            self._batch(plan, hand, memory) for hand, memory in zip(hands, np.empty(shape, dtype=np.int64), strict=True)
+        ]
 
-    def _batch(self, plan: StepPlan, hand: np.ndarray) -> Batch:
+    def _batch(self, plan: StepPlan, hand: np.ndarray, memory: Int64Array) -> Batch:
         deck = plan.deck
         flat = deck.source[hand].tolist()
         cards = list(zip(hand.tolist(), deck.epoch[hand].tolist(), deck.window[hand].tolist(), strict=True))
-        return make_batch(self.sources, flat, cards, self.document_boundaries)
+        return make_batch(self.sources, flat, cards, self.document_boundaries, memory)
 
 
 def heldout_batches(

@@ -46,9 +46,9 @@ def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
     return cumulative
 
 
-def restarting_positions(cu_seqlens: npt.NDArray[np.int32]) -> Int64Array:
-    """[cu_seqlens[-1]] position of each token in its document."""
-    steps = np.ones(cu_seqlens[-1], dtype=np.int64)
-    steps[0] = 0
-    steps[cu_seqlens[1:-1]] = cu_seqlens[:-2] - cu_seqlens[1:-1] + 1
-    return np.cumsum(steps, out=steps)
+def fill_positions(cu_seqlens: npt.NDArray[np.int32], positions: Int64Array) -> None:
+    """Fill `positions` [cu_seqlens[-1]] with the position of each token in its document."""
+    positions.fill(1)
+    positions[0] = 0
+    positions[cu_seqlens[1:-1]] = cu_seqlens[:-2] - cu_seqlens[1:-1] + 1
+    np.cumsum(positions, out=positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,56 @@ def test_damaged_offsets_are_found_when_used(tmp_path: Path) -> None:
     damage(tmp_path / "a", "idx", lambda b: b[: 34 + 12 + 8] + struct.pack("<q", 8) + b[34 + 12 + 16 :])
     with pytest.raises(UserError, match=r"a\.idx: the offsets near document 1 do not increase"):
         Corpus.open(tmp_path / "a", "off").starts_within(0, 5)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=60), data=st.data())
+def test_starts_within(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject) -> None:
+    prefix = tmp_path_factory.mktemp("c") / "a"
+    vocab = data.draw(st.sampled_from([100, 70_000]))
+    write(prefix, [[1] * length for length in lengths], vocab=vocab)
+    corpus = Corpus.open(prefix)
+    total = sum(lengths)
+    start = data.draw(st.integers(0, total - 1))
+    stop = data.draw(st.integers(start, total))
+    starts = np.cumsum([0, *lengths]).tolist()
+    assert document_starts(corpus) == starts
+    expected = [position - start for position in starts if start < position <= stop]
+    assert corpus.starts_within(start, stop).tolist() == expected
+
+
+def test_opening_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Half a million documents cost no more memory than two, at opening and for a window."""
+    peaks = []
+    for documents in (2, 500_000):
+        prefix = tmp_path / f"{documents}"
+        with CorpusWriter(prefix, np.dtype("<u2")) as writer:
+            writer.write_packs(8, np.arange(documents + 1))
+            writer.add_documents(np.ones(4 * documents, np.uint16), np.full(documents, 4, np.int32))
+            finish(writer, manifest(kind="parallel", seq_length=8, packs=documents))
+        tracemalloc.start()
+        corpus = Corpus.open(prefix)
+        assert corpus.starts_within(4 * documents - 8, 4 * documents).tolist() == [4, 8]
+        assert corpus.pack(documents - 1) == (documents - 1, documents)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20_000
+
+
+def test_a_thousand_million_documents_open(tmp_path: Path) -> None:
+    """The files are holes but for the ends; only the offsets at the end are looked at."""
+    documents = 10**9
+    written = manifest(documents=documents, tokens=2 * documents)
+    (tmp_path / "a.json").write_text(written.to_json())
+    with (tmp_path / "a.bin").open("wb") as file:
+        file.truncate(4 * documents)
+    with (tmp_path / "a.idx").open("wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1))
+        file.seek(34 + 4 * (documents - 1))
+        file.write(struct.pack("<i", 2))
+        file.seek(34 + 4 * documents + 8 * (documents - 4))
+        file.write(struct.pack("<4q", *(4 * (documents - i) for i in (4, 3, 2, 1))))
+        file.truncate(34 + 20 * documents + 8)
+    corpus = Corpus.open(tmp_path / "a", "off")
+    assert corpus.starts_within(2 * documents - 7, 2 * documents).tolist() == [1, 3, 5, 7]
+    assert corpus.document_start(documents - 2) == 2 * documents - 4

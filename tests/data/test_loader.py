@@ -47,12 +47,13 @@ def write_corpus(
     masked: bool = False,
     tokenizer: TokenizerInfo = TOKENIZER,
     command: str = "",
+    dtype: np.dtype | None = None,
 ) -> list[tuple[int, int, bool]]:
     """A corpus of the given document lengths, packed if a sequence length is given; returns (id, document, mask)s."""
     packs = None
     tokens: list[tuple[int, int, bool]] = []
     order: Sequence[int] = range(len(lengths))
-    with CorpusWriter(prefix, np.dtype("<u2")) as writer:
+    with CorpusWriter(prefix, dtype or np.dtype("<u2")) as writer:
         if seq_length is not None:
             inside, before = pack(np.array(lengths, dtype=np.int32), seq_length)
             order, packs = inside.tolist(), len(before) - 1
@@ -316,3 +317,27 @@ def test_damaged_pack_index_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"".join(entry.to_bytes(8, "little") for entry in (0, 3, 3)))
     with pytest.raises(UserError, match=r"c: pack 0 has 16 tokens"):
         read_window(open_source("pairs", tmp_path / "c", 10, 0, "off"), 0, 0)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="packs-10: 16 bytes where 24 belong"):
+        open_source("pairs", tmp_path / "c", 10, 0)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4"])
+def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path, dtype: str) -> None:
+    """Even where no checksum is looked at; also a negative one, and one that is only ever a label."""
+    write_corpus(tmp_path / "c", [4, 6, 7], dtype=np.dtype(dtype))
+    path = tmp_path / "c.bin"
+    ids = np.fromfile(path, dtype)
+    for at, value in ((5, 999), (9, 30_000), (12, -7 if dtype == "<i4" else 65_535)):
+        damaged = ids.copy()
+        damaged[at] = value
+        damaged.tofile(path)
+        document = 1 if at < 10 else 2
+        source = SequentialSource("en", Corpus.open(tmp_path / "c", "off"), 3)
+        for index in range(source.num_windows):
+            if index * 3 <= at <= index * 3 + 3:
+                message = rf"c\.bin: token {at} \(document {document}\) is id {value}, outside the vocabulary of 999"
+                with pytest.raises(UserError, match=message):
+                    read_window(source, 0, index)
+            else:
+                read_window(source, 0, index)

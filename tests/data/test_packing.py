@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.packing import cumulative_lengths, lengths_between, pack, restarting_positions
+from megaflow.data.packing import cumulative_lengths, fill_positions, lengths_between, pack
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60)
 
@@ -52,4 +52,6 @@ def test_positions_restart(lengths: list[int]) -> None:
     cumulative = cumulative_lengths(np.array(lengths))
     assert cumulative.dtype == np.int32
     assert cumulative.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    assert restarting_positions(cumulative).tolist() == [i for length in lengths for i in range(length)]
+    positions = np.empty(sum(lengths), dtype=np.int64)
+    fill_positions(cumulative, positions)
+    assert positions.tolist() == [i for length in lengths for i in range(length)]

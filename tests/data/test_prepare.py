@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,11 +319,110 @@ def test_an_interruption_leaves_no_corpus_and_no_rubbish(
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_kill_while_a_corpus_is_replaced_leaves_no_mix(
+    tmp_path: Path, sp_model: Path, options: PrepareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old documents must never be trained on where new ones are held out, nor the other way round."""
+    options = replace(options, overwrite=True)
+    for name in ("new", "old"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(40)])
+
+    def state() -> str:
+        if not (tmp_path / "c.json").exists():
+            return "none"
+        texts = documents(tmp_path / "c", sp_model) + documents(tmp_path / "c.heldout", sp_model)
+        (name,) = {text.split()[0] for text in texts}
+        assert sorted(texts) == sorted(f"{name} {i}" for i in range(40))
+        return name
+
+    def prepare_killed_after(steps: int) -> None:
+        def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **named: Any) -> Any:
+                nonlocal steps
+                steps -= 1
+                if steps < 0:  # nor does anything tidy up afterwards
+                    raise SystemExit
+                return change(*arguments, **named)
+
+            return run
+
+        with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+            patched.setattr(os, "replace", counted(os.replace))
+            patched.setattr(Path, "unlink", counted(Path.unlink))
+            prepare_corpus(tmp_path / "c", [tmp_path / "new.jsonl"], options)
+
+    states = []
+    for steps in range(40):
+        prepare_corpus(tmp_path / "c", [tmp_path / "old.jsonl"], options)
+        assert not list(tmp_path.glob(".tmp-*"))  # of the last one killed
+        prepare_killed_after(steps)
+        states.append(state())
+    assert [name for name, _ in itertools.groupby(states)] == ["old", "none", "new"]
+
+
+def test_leftovers_of_another_name_are_kept(tmp_path: Path, options: PrepareOptions) -> None:
+    for name in ("c.bin", "c.heldout.idx", "c.packs-64", "c.spool-tokens", "c.d.bin", "cc.bin", "c.packs-x"):
+        (tmp_path / f".tmp-{name}").touch()
+    prepare_corpus(tmp_path / "c", [write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])], replace(options, heldout=0.0))
+    assert sorted(path.name for path in tmp_path.glob(".tmp-*")) == [".tmp-c.d.bin", ".tmp-c.packs-x", ".tmp-cc.bin"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_leaves_no_rubbish(tmp_path: Path, sp_model: Path, workers: str) -> None:
+    line = json.dumps({"text": "hello world " * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 5000)
+    arguments = [str(tmp_path / "c"), str(tmp_path / "a.jsonl"), "--tokenizer", str(sp_model), "--language", "en"]
+    with subprocess.Popen([sys.executable, "-c", COMMAND, *arguments, "--workers", workers]) as process:
+        spool = tmp_path / ".tmp-c.spool-tokens"
+        while process.poll() is None and not (spool.exists() and spool.stat().st_size):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait() == 128 + 15
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/x", "cannot be written"),
+        (".", "not a corpus's name"),
+        ("..", "not a corpus's name"),
+        ("/", "not a corpus's name"),
+        ("/proc/x", "cannot be written"),
+        ("x" * 300, "cannot be written"),
+        ("folder", r"folder\.bin: is a folder"),
+        ("packed", r"packed\.heldout\.packs-16: is a folder"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.bin").mkdir()
+    Path("packed.heldout.packs-16").mkdir()
+    path = write_jsonl(Path("a.jsonl"), PAIRS)
+    before = sorted(Path().iterdir())
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_corpus(out, [path], replace(example_options(sp_model, "parallel", "tab"), seq_length=16))
+    assert str(caught.value).startswith(out)
+    assert "\n" not in str(caught.value)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(CorpusWriter, "add_documents", full)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(60)])
+    with pytest.raises(UserError, match=r"c: cannot be written \(No space left on device\)"):
+        prepare_corpus(tmp_path / "c", [path], options)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def die(*_: Any) -> None:
     """What the kernel does to a process that takes too much memory."""
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -348,6 +452,18 @@ def test_wrong_templates_are_refused(kind: Kind, template: str, message: str) ->
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_blank_lines_are_no_records(tmp_path: Path, options: PrepareOptions, name: str) -> None:
+    lines = [(json.dumps({"text": text}) if name == "a.jsonl" else text.replace("\n", " ")) for text in texts(20)]
+    (tmp_path / name).write_text("\n\n  \r\n".join(lines) + "\n\t\n")
+    report = prepare_corpus(tmp_path / "c", [tmp_path / name], replace(options, heldout=0.0, txt_per_line=True))
+    assert (report.records, report.num_bad) == (20, 0)
+    (tmp_path / name).write_text("\n\n".join([*lines, "{" if name == "a.jsonl" else "\u3000"]))
+    report = prepare_corpus(tmp_path / "d", [tmp_path / name], replace(options, max_bad=0.1, txt_per_line=True))
+    assert report.num_bad == 1
+    assert report.bad[0].startswith(f"{tmp_path / name}:41: ")  # lines are counted with the blank ones
+
+
 def test_braces_in_a_text_are_text(tmp_path: Path, sp_model: Path) -> None:
     record = {"instruction": "{output} {x}", "input": "{input}", "output": "{instruction}"}
     path = write_jsonl(tmp_path / "a.jsonl", [record])
@@ -355,9 +471,11 @@ def test_braces_in_a_text_are_text(tmp_path: Path, sp_model: Path) -> None:
     assert documents(tmp_path / "c", sp_model) == ["### Instruction:{output} {x} {input} ### Response:{instruction}"]
 
 
+COMMAND = "import typer; from megaflow.tools.prepare import prepare; a = typer.Typer(); a.command()(prepare); a()"
+
+
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import typer; from megaflow.tools.prepare import prepare; a = typer.Typer(); a.command()(prepare); a()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_the_command(tmp_path: Path, sp_model: Path) -> None:
@@ -369,6 +487,9 @@ def test_the_command(tmp_path: Path, sp_model: Path) -> None:
     assert "1 of 201 records cannot be used" in done.stderr
     assert f"{path}:201: no field zh" in done.stderr
     assert "--seq-length 32" in Corpus.open(tmp_path / "c").manifest.command
+    done = run_command(*arguments, "--kind", "parallel", "--seq-length", "32", "--overwrite", "--seed", str(2**63))
+    assert done.returncode == 2
+    assert "--seed" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -380,6 +501,7 @@ def test_the_command(tmp_path: Path, sp_model: Path) -> None:
         ({"kind": KindChoice.parallel, "seq_length": 64, "source_field": "zh"}, "not all different"),
         ({"kind": KindChoice.parallel, "seq_length": 64, "inputs": [Path("a.txt.zst")]}, "which .txt has not"),
         ({"kind": KindChoice.instruction, "seq_length": 64, "template": "{output}"}, "{instruction} exactly once"),
+        ({"workers": 100_000}, "--workers 100000: at most "),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, sp_model: Path, arguments: dict[str, Any], message: str) -> None:

@@ -94,3 +94,12 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes | None,
         load_tokenizer(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", '"eos"', "null", "5"])
+def test_a_config_that_is_no_object_is_named(hf_json: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(hf_json.read_bytes())
+    path.with_name("tokenizer_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+        load_tokenizer(path)
