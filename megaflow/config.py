@@ -203,6 +203,8 @@ class DataConfig(Section):
     """Seed of the sample order."""
     verify: Literal["off", "lazy", "full"] = "lazy"
     """Checksums of the corpora: none, each 16 MiB block before its first use, or everything at launch."""
+    digest_interval: Positive = 100
+    """Steps between two comparisons of the ranks' plans, and two looks at ledger.json for a changed mix."""
     document_boundaries: bool = True
     """Attention and positions restart at each document; false: plain causal attention over the whole sequence."""
 

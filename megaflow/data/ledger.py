@@ -17,7 +17,7 @@ from typing import Any
 
 from megaflow.data.groups import GroupSpec, Mix, SourceSpec
 from megaflow.data.mix import Sampler
-from megaflow.data.schedule import CompiledSchedule
+from megaflow.data.schedule import ONE, CompiledSchedule
 from megaflow.errors import UserError
 
 
@@ -63,6 +63,15 @@ class LedgerEntry:
                 )
         self.mix.check_follows(earlier.mix)
         earlier.check_manifests(self.manifests)
+
+    def describe(self) -> str:
+        """One line: from which step on, the groups' weights (at both ends of the schedule), batch size, why."""
+        knots = self.schedule.knots
+        ends = [weights for _, weights in (knots[:1] if knots[0][1] == knots[-1][1] else (knots[0], knots[-1]))]
+        weights = " ".join(
+            f"{group.name} " + " to ".join(f"{end[g] / ONE:.4g}" for end in ends) for g, group in enumerate(self.groups)
+        )
+        return f"from step {self.first_step} on: {weights}, batch {self.batch_size} ({self.why})"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back."""
@@ -184,3 +193,8 @@ def build_sampler(ledger: Sequence[LedgerEntry], use_native: bool = True) -> Sam
 def entry_at(ledger: Sequence[LedgerEntry], step: int) -> LedgerEntry:
     """The entry that holds for a step: the last that begins no later."""
     return ledger[bisect_right(ledger, step, key=lambda entry: entry.first_step) - 1]
+
+
+def source_names(ledger: Sequence[LedgerEntry]) -> list[str]:
+    """Every source of the run in the order of its flat index: by entry, by group."""
+    return list(dict.fromkeys(source.name for entry in ledger for source in entry.mix.sources))

@@ -215,6 +215,14 @@ class Sampler:
             self._advance(progress, steps)
         return self._state(progress)
 
+    def weights_at(self, step: int) -> list[int]:
+        """Group weights of a step after the one planned last, in units of 1 / `ONE`; this sampler stays where it is."""
+        progress = self._progress.copy()
+        if step > self.step + 1:
+            self._advance(progress, step - 1 - self.step)
+        rule = self._rules[self._index(step)]
+        return rule.schedule.weights(rule.clock(progress))
+
     def state_dict(self) -> dict[str, Any]:
         """The state as a JSON-able dict: strings, integers, lists; the digest in hexadecimal."""
         return {**self._state(self._progress), "digest": f"{self.digest:016x}"}

@@ -8,6 +8,7 @@ import typer
 
 from megaflow.errors import UserError
 from megaflow.tools.config import config
+from megaflow.tools.data import data
 from megaflow.tools.doctor import doctor
 from megaflow.tools.export import export
 from megaflow.tools.generate import generate
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (prepare, config, doctor, plot, generate, export):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from megaflow.optim.adamw import AdamW
 from megaflow.optim.learning_rate import learning_rate
 from megaflow.parallel.gradients import FlatParameters, GradientBuffer
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
+from megaflow.train.agreement import DigestCheck, check_history
+from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
 from megaflow.train.metrics import SourceTotals
 from megaflow.train.report import Report
@@ -39,9 +41,11 @@ def build(run: Run, ctx: ParallelContext) -> tuple[Llama, GradientBuffer, TrainS
     return model, gradients, TrainState(run, placement(config.model, ctx), parameters, optimizer, totals)
 
 
-def restore(run: Run, model: Llama, state: TrainState, store: CheckpointStore) -> None:
+def restore(run: Run, model: Llama, state: TrainState, store: CheckpointStore, ctx: ParallelContext) -> None:
     """Goes back to the newest sound checkpoint, or sets the initial weights, in the fp32 master first."""
     if state.load(store):
+        saved = run.sampler.state_dict()
+        on_main_rank(ctx, lambda: check_history(run.ledger, saved, run.dir / "metrics.jsonl"))
         return
     config = run.config
     master = state.parameters.views(state.optimizer.master)
@@ -52,36 +56,47 @@ def restore(run: Run, model: Llama, state: TrainState, store: CheckpointStore) -
     state.optimizer.copy_master_to_params()
 
 
+def begin(run: Run, state: TrainState, ctx: ParallelContext) -> Report:
+    """Makes the run directory fit for the first step and opens its log."""
+    edited = run.take_up_edit()
+    run.check_layout(ctx.dp)
+    on_main_rank(ctx, run.begin)
+    report = Report(run.config, state, ctx)
+    on_main_rank(ctx, report.open)
+    size = f"{state.parameters.flat.numel():,} of them per rank"
+    report.say(f"{run.describe()}, {size}; starts after step {run.sampler.step}")
+    if edited:
+        report.say(edited)
+    return report
+
+
 def train(run: Run, ctx: ParallelContext) -> None:
     """Trains until `train.steps`, or until a signal asks to stop; saves a checkpoint either way.
 
-    Every rank of `ctx` calls it. Raises UserError where the run directory or a checkpoint does not fit the config.
+    Every rank of `ctx` calls it. Raises UserError where the run directory or a checkpoint does not fit the config, and
+    where the ranks' plans differ.
     """
     stop = StopSignal()
     config, sampler = run.config, run.sampler
     torch.manual_seed(config.train.seed)
     model, gradients, state = build(run, ctx)
     store = CheckpointStore(run.dir / "checkpoints", ctx, config.checkpoint.keep)
-    restore(run, model, state, store)
+    restore(run, model, state, store, ctx)
     if sampler.step >= config.train.steps:
         if ctx.rank == 0:
             print(f"{run.dir} is at step {sampler.step} of {config.train.steps}: nothing left to do", flush=True)
         return
 
-    on_main_rank(ctx, run.begin)
-    report = Report(config, state, ctx)
-    on_main_rank(ctx, report.open)
+    report = begin(run, state, ctx)
     samples = SampleLog(run.dir, sampler.step, ctx) if config.train.log_samples and ctx.tp_rank == 0 else None
-    report.say(
-        f"{run.describe()}, {state.parameters.flat.numel():,} of them per rank; starts after step {sampler.step}"
-    )
-    micro_batch_size, boundaries = config.train.micro_batch_size, config.data.document_boundaries
-    loader = Loader(sampler, run.sources, ctx.dp, ctx.dp_rank, micro_batch_size, boundaries)
+    digests, stopping, batch_size = DigestCheck(ctx), False, 0
     with closing(report):
-        stopping = False
         while sampler.step < config.train.steps and not stopping:
             start = time.perf_counter()
+            if sampler.batch_size != batch_size:  # it may change with the mix
+                loader, batch_size = make_loader(run, ctx), sampler.batch_size
             plan, batches = loader.next_step()
+            digests.add(plan.step, plan.digest)
             batches = [batch.to(ctx.device) for batch in batches]
             fetched = time.perf_counter()
             lr = learning_rate(config.optim, plan.step, config.train.steps)
@@ -93,14 +108,25 @@ def train(run: Run, ctx: ParallelContext) -> None:
                 samples.write(plan.step, batches)
             report.add(plan, outcome, time.perf_counter() - start, fetched - start)
 
+            saving = stopping or plan.step == config.train.steps or _due(plan.step, config.checkpoint.interval)
+            if saving or _due(plan.step, config.data.digest_interval):
+                digests.compare()
+                stopping |= take_up_changes(run, ctx, report.say)
             last = stopping or plan.step == config.train.steps
-            saving = last or _due(plan.step, config.checkpoint.interval)
+            saving |= last
             if saving or _due(plan.step, config.train.log_interval):
                 report.write(plan, lr, float(outcome.grad_norm))
             if saving:
                 report.say(f"step {plan.step}  saved {state.save(store)}")
             if config.train.eval_interval and not stopping and (last or _due(plan.step, config.train.eval_interval)):
                 report.evaluation(plan.step, evaluate(model, run.heldouts, config, ctx))
+
+
+def make_loader(run: Run, ctx: ParallelContext) -> Loader:
+    """This rank's batches of the steps ahead that have the next step's batch size."""
+    config = run.config
+    size, boundaries = config.train.micro_batch_size, config.data.document_boundaries
+    return Loader(run.sampler, run.sources, ctx.dp, ctx.dp_rank, size, boundaries)
 
 
 def _due(step: int, interval: int) -> bool:

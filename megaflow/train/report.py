@@ -33,12 +33,12 @@ class Speed:
     def __init__(self, config: Config, ctx: ParallelContext) -> None:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak, self.peak_name = peak_tflops(ctx.device, dtype, config.train.peak_tflops)
-        self.tokens_per_step = config.train.global_batch_size * config.data.seq_length / ctx.world_size
+        self.tokens_per_sequence = config.data.seq_length / ctx.world_size
         self.flops = [flops_per_token(config.model, config.data.seq_length, causal) for causal in (True, False)]
 
-    def record(self, seconds: float, data_seconds: float, steps: int) -> dict[str, float]:
+    def record(self, seconds: float, data_seconds: float, steps: int, sequences: int) -> dict[str, float]:
         """Rates over `steps` steps that took `seconds`, of which `data_seconds` were waiting for data."""
-        rate = self.tokens_per_step * steps / seconds
+        rate = self.tokens_per_sequence * sequences / seconds
         causal, full = (rate * flops / 1e12 for flops in self.flops)
         return {
             "step_ms": 1000 * seconds / steps,
@@ -62,7 +62,7 @@ class Report:
         self.ctx, self.speed = ctx, Speed(config, ctx)
         self.interval = torch.zeros_like(state.totals.values)
         self.planned = [0] * len(sampler.groups)
-        self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
+        self.corrections, self.steps, self.sequences, self.seconds, self.data_seconds = 0, 0, 0, 0.0, 0.0
 
     def open(self) -> None:
         """Opens the log and the display; on the main rank only. Raises UserError where the log cannot be written."""
@@ -87,9 +87,11 @@ class Report:
         """Adds a step to the interval. A loss that is not finite counts in its record but not in the run's sums."""
         self.state.totals.values += torch.nan_to_num(outcome.totals, nan=0.0, posinf=0.0, neginf=0.0)
         self.interval += outcome.totals
-        self.planned = [a + b for a, b in zip(self.planned, plan.weights, strict=True)]
+        batch_size = len(plan.deck.window)
+        self.planned = [total + batch_size * w for total, w in zip(self.planned, plan.weights, strict=True)]
         self.corrections += plan.corrections
         self.steps += 1
+        self.sequences += batch_size
         self.seconds += seconds
         self.data_seconds += data_seconds
         if int(outcome.skipped):
@@ -104,7 +106,7 @@ class Report:
             self.display.step(record)
         self.interval.zero_()
         self.planned = [0] * len(self.planned)
-        self.corrections, self.steps, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0
+        self.corrections, self.steps, self.sequences, self.seconds, self.data_seconds = 0, 0, 0, 0.0, 0.0
 
     def _record(self, plan: StepPlan, lr: float, grad_norm: float) -> dict[str, Any]:
         rows, run_rows = self.interval.tolist(), self.state.totals.values.tolist()
@@ -134,14 +136,14 @@ class Report:
             "digest": f"{plan.digest:016x}",
             "groups": self._groups(sources, total[SEQUENCES]),
             "sources": sources,
-            "speed": self.speed.record(self.seconds, self.data_seconds, self.steps),
+            "speed": self.speed.record(self.seconds, self.data_seconds, self.steps, self.sequences),
         }
 
     def _groups(self, sources: Mapping[str, Mapping[str, Any]], sequences: float) -> dict[str, dict[str, float]]:
         """Planned ratio of each group over the interval, and the one the ranks' own batches came to."""
         return {
             group.name: {
-                "planned": planned / self.steps / ONE,
+                "planned": planned / self.sequences / ONE,
                 "achieved": sum(sources[source.name]["sequences"] for source in group.sources) / sequences,
             }
             for group, planned in zip(self.sampler.groups, self.planned, strict=True)

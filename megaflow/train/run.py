@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
-from megaflow.data.ledger import LedgerEntry, build_sampler, read_ledger, write_ledger
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.schedule import CompiledSchedule, Knot, chatflow, compile_knots, weights_from_decimals
+from megaflow.data.configured import configured_entry, edited_entry
+from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at, read_ledger, source_names, write_ledger
+from megaflow.data.mix import Sampler
+from megaflow.data.plan import count_micro_batches
 from megaflow.data.sources import Source, open_heldouts, open_sources
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
 from megaflow.errors import UserError
@@ -30,8 +31,7 @@ from megaflow.train.samples import discard_superseded
 FIXED = {
     "model": "hidden_size intermediate_size num_layers num_heads num_kv_heads vocab_size norm_eps rope_theta "
     "tie_embeddings",
-    "data": "seq_length seed schedule document_boundaries",
-    "train": "global_batch_size",
+    "data": "seq_length seed document_boundaries",
 }
 
 
@@ -42,12 +42,14 @@ class Run:
     config: Config
     tokenizer_sha256: str
     sources: list[Source]
-    """In group order: their index is the sampler's flat source index."""
+    """In the order in which the run came to know them: their index is the sampler's flat source index."""
     heldouts: list[Source | None]
     """Their held-out documents, None for a source that has none."""
     ledger: list[LedgerEntry]
     sampler: Sampler
     is_new: bool
+    edit: LedgerEntry | None = None
+    """What an edited config adds to the ledger at the first step after the one resumed from."""
 
     @property
     def dir(self) -> Path:
@@ -62,12 +64,44 @@ class Run:
             special = tokenizer.with_name("tokenizer_config.json")  # names a tokenizer.json's special pieces
             if tokenizer.suffix == ".json" and special.exists():
                 _replace(self.dir / special.name, special.read_bytes())
+            if self.edit is not None:  # before the config: it is by the config that an edit is noticed
+                write_ledger(self.dir / "ledger.json", self.ledger)
             _replace(self.dir / "config.yaml", dump_config(self.config).encode())
             if self.is_new:
                 write_ledger(self.dir / "ledger.json", self.ledger)
             discard_superseded(self.dir, self.sampler.step)
         except OSError as error:
             raise UserError(f"run_dir: {self.dir}: cannot be written ({error.strerror}); give another folder") from None
+
+    def take_up_edit(self) -> str | None:
+        """Lets an edited config take effect at the next step, once the state resumed from is known; what it changes."""
+        if self.edit is None:
+            return None
+        entry, last = replace(self.edit, first_step=self.sampler.step + 1), self.ledger[-1]
+        if entry.first_step < last.first_step:
+            raise UserError(
+                f"{self.dir}/ledger.json: has an entry from step {last.first_step} on, so the mix cannot be edited at "
+                f"step {entry.first_step}; resume with {self.dir}/config.yaml, or change the mix from step "
+                f"{last.first_step} on with `megaflow data change`"
+            )
+        self.extend(entry)
+        return f"config edited: {entry.describe()}"
+
+    def extend(self, entry: LedgerEntry) -> None:
+        """Appends an entry to the ledger in memory and to the sampler."""
+        self.sampler.change(entry.first_step, entry.batch_size, entry.groups, entry.schedule)
+        self.ledger.append(entry)
+
+    def check_layout(self, dp: int) -> None:
+        """Raises UserError where `dp` ranks cannot share out a batch that the ledger has ahead."""
+        step = self.sampler.step + 1
+        for entry in self.ledger[self.ledger.index(entry_at(self.ledger, step)) :]:
+            try:
+                count_micro_batches(entry.batch_size, dp, self.config.train.micro_batch_size)
+            except UserError as error:
+                raise UserError(
+                    f"{self.dir}/ledger.json: from step {max(step, entry.first_step)} on: {error}"
+                ) from None
 
     def describe(self) -> str:
         size = f"{num_parameters(self.config.model) / 1e6:,.1f} M parameters"
@@ -90,7 +124,6 @@ def plan_run(config: Config, device: torch.device) -> Run:
         raise UserError(f"kernels: {error}") from None
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
     sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
-    heldouts = open_heldouts(sources, config.data.seq_length, config.data.verify)
     for source in sources:
         made_with = source.corpus.manifest.tokenizer
         given, expected = ((t.sha256, t.bos_id, t.eos_id) for t in (tokenizer, made_with))
@@ -102,60 +135,17 @@ def plan_run(config: Config, device: torch.device) -> Run:
                 f"data.tokenizer: {config.data.tokenizer} is {what} that source {source.name} was prepared with "
                 f"({made_with.path}); give that one, or prepare {source.corpus.prefix} again"
             )
-    entry = first_entry(config, sources)
     path = Path(config.run_dir) / "ledger.json"
     is_new = not path.exists()
     if is_new and any(Path(config.run_dir).glob("checkpoints/step-*")):
         raise UserError(
             f"run_dir: {config.run_dir} has checkpoints but no ledger.json; restore it or give a new folder"
         )
-    ledger = [entry] if is_new else read_ledger(path)
-    if not is_new:
-        _check_resumable(config, ledger, entry)
-    return Run(config, tokenizer.sha256, sources, heldouts, ledger, build_sampler(ledger), is_new)
-
-
-def first_entry(config: Config, sources: list[Source]) -> LedgerEntry:
-    """The ledger entry that the config writes when its run is created."""
+    ledger, edit = ([configured_entry(config, sources)], None) if is_new else _ledger_of(config, sources)
     by_name = {source.name: source for source in sources}
-    groups = []
-    for name, group in config.data.groups.items():
-        specs = tuple(SourceSpec(s, by_name[s].num_windows, by_name[s].documents) for s in group.sources)
-        try:
-            weights = weights_from_decimals([source.weight for source in group.sources.values()])
-        except ValueError as error:
-            raise UserError(f"data.groups.{name}.sources: weights: {error}") from None
-        groups.append(GroupSpec(name, specs, tuple(weights)))
-    return LedgerEntry(
-        first_step=1,
-        schedule=compile_schedule(config),
-        batch_size=config.train.global_batch_size,
-        seed=config.data.seed,
-        seq_length=config.data.seq_length,
-        groups=tuple(groups),
-        manifests={source.name: source.corpus.manifest.fingerprint for source in sources},
-        why="the run's config",
-    )
-
-
-def compile_schedule(config: Config) -> CompiledSchedule:
-    """The configured schedule as integer knots over the groups in config order."""
-    schedule, groups = config.data.schedule, list(config.data.groups)
-    try:
-        if schedule.knots is not None:
-            knots = [Knot(knot.at, [knot.weights[name] for name in groups], knot.pacing) for knot in schedule.knots]
-            return compile_knots(schedule.clock, knots)
-        assert schedule.initial is not None
-        assert schedule.final is not None
-        grow = schedule.grow
-        if grow is None:
-            sequences = config.train.global_batch_size
-            per_step = {"steps": 1, "sequences": sequences, "tokens": sequences * config.data.seq_length}
-            grow = max(1, int(config.train.steps * per_step[schedule.clock] * schedule.grow_fraction))
-        initial, final = ([mix[name] for name in groups] for mix in (schedule.initial, schedule.final))
-        return chatflow(schedule.clock, initial, final, grow, schedule.lambda0)
-    except ValueError as error:
-        raise UserError(f"data.schedule: {error}") from None
+    sources = [by_name[name] for name in source_names([*ledger, *([edit] if edit else [])])]
+    heldouts = open_heldouts(sources, config.data.seq_length, config.data.verify)
+    return Run(config, tokenizer.sha256, sources, heldouts, ledger, build_sampler(ledger), is_new, edit)
 
 
 def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -168,8 +158,8 @@ def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def _check_resumable(config: Config, ledger: list[LedgerEntry], entry: LedgerEntry) -> None:
-    began, now = read_yaml(Path(config.run_dir) / "config.yaml"), config.model_dump(mode="json")
+def _check_resumable(config: Config, began: dict[str, Any]) -> None:
+    now = config.model_dump(mode="json")
     for section, names in FIXED.items():
         for name in names.split():
             old, new = ((tree.get(section) or {}).get(name) for tree in (began, now))
@@ -178,12 +168,25 @@ def _check_resumable(config: Config, ledger: list[LedgerEntry], entry: LedgerEnt
                     f"{section}.{name}: {_short(new)} differs from {_short(old)}, which the run in {config.run_dir} "
                     f"was begun with; put it back, or give a new run_dir"
                 )
-    ledger[-1].check_manifests(entry.manifests)
-    if ledger[-1].groups != entry.groups:
-        raise UserError(
-            f"data.groups: names, order or weights differ from {config.run_dir}/ledger.json; put them back, or give a "
-            f"new run_dir"
-        )
+
+
+def _ledger_of(config: Config, sources: list[Source]) -> tuple[list[LedgerEntry], LedgerEntry | None]:
+    """The ledger of a run that is resumed, and the entry that an edited config adds to it."""
+    path = Path(config.run_dir) / "ledger.json"
+    began = read_yaml(path.with_name("config.yaml"))
+    _check_resumable(config, began)
+    ledger, entry = read_ledger(path), configured_entry(config, sources)
+    last = ledger[-1]
+    try:
+        last.check_manifests(entry.manifests)
+        edit = edited_entry(began, config, entry, last)
+        if edit is not None:
+            edit.check_follows(last)
+    except UserError as error:
+        raise UserError(f"data.groups: {error}; or give a new run_dir") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path.with_name('config.yaml')}: not the config of a run; restore it") from None
+    return ledger, edit
 
 
 def _short(value: Any) -> str:

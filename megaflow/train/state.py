@@ -64,8 +64,9 @@ class TrainState:
         if manifest is None:
             return False
         scalars = manifest.scalars
-        ledger = [entry.to_json() for entry in self.run.ledger]
-        if (scalars["ledger"], scalars["tokenizer_sha256"]) != (ledger, self.run.tokenizer_sha256):
+        trained = [entry for entry in scalars["ledger"] if entry["first_step"] <= manifest.step]
+        ledger = [entry.to_json() for entry in self.run.ledger if entry.first_step <= manifest.step]
+        if (trained, scalars["tokenizer_sha256"]) != (ledger, self.run.tokenizer_sha256):
             raise UserError(
                 f"{store.directory}: step {manifest.step} was saved with another ledger.json or tokenizer than the "
                 f"run's; restore the run's own files, or give a new run_dir"
@@ -73,7 +74,8 @@ class TrainState:
         self.sampler.load_state_dict(scalars["sampler"])
         self.optimizer.steps.fill_(scalars["optimizer_steps"])
         self.optimizer.copy_master_to_params()
-        self.totals.values.copy_(torch.tensor(scalars["totals"], dtype=torch.float64))
+        totals = torch.tensor(scalars["totals"], dtype=torch.float64)
+        self.totals.values[: len(totals)].copy_(totals)  # sources appended since have theirs at 0
         self.skipped_steps = scalars["skipped_steps"]
         torch.set_rng_state(self.random)
         return True
