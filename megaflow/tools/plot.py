@@ -38,7 +38,9 @@ def plot(
         _draw_heldout(axes[1][1], heldout, colours, "bits_per_byte", "bits per byte", {})
     last = train[-1]
     figure.suptitle(f"{run.name}: {last['step']} steps, {last['tokens'] / 1e6:,.1f} M tokens, loss {last['loss']:.3f}")
-    figure.tight_layout()
+    handles, names = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=len(names))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     target = out or run / "run.png"
     beside = target.with_name(f".tmp-{target.name}")
     try:
@@ -85,13 +87,17 @@ def _colours(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw_ratios(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    steps = [record["step"] for record in train]
+    """Planned ratios record by record; achieved ones as means over at most 60 bins, for a batch shows few ratios."""
+    width = -(-len(train) // 60)
+    bins = [train[i : i + width] for i in range(0, len(train), width)]
     for name in train[0]["groups"]:
-        achieved = [record["groups"][name]["achieved"] for record in train]
         planned = [record["groups"][name]["planned"] for record in train]
-        axis.plot(steps, achieved, ".", color=colours[name], markersize=4, alpha=0.5)
-        axis.plot(steps, planned, color=colours[name], label=name)
-    axis.set(title="share of the batch: planned (line), achieved (dots)", xlabel="step")
+        axis.plot([record["step"] for record in train], planned, color=colours[name], label=name)
+        achieved = [sum(record["groups"][name]["achieved"] for record in part) / len(part) for part in bins]
+        middles = [(part[0]["step"] + part[-1]["step"]) / 2 for part in bins]
+        axis.plot(middles, achieved, ".", color=colours[name], markersize=5)
+    each = "each record" if width == 1 else f"means of {width} records"
+    axis.set(title=f"share of the batch: planned (line), achieved (dots, {each})", xlabel="step")
     axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
     axis.legend(loc="upper center", ncols=4)
 
@@ -104,7 +110,6 @@ def _draw_losses(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any
             axis.plot(steps, losses, color=colours[name], alpha=0.25, linewidth=0.8)
             axis.plot(steps, smooth(losses), color=colours[name], label=name)
     axis.set(title="training loss by source (thick: smoothed)", xlabel="step", ylabel="nats per token")
-    axis.legend()
 
 
 def smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
@@ -126,4 +131,3 @@ def _draw_heldout(
         if name in marks:
             axis.axhline(marks[name], color=colours[name], linestyle=":", linewidth=1)
     axis.set(title=f"held-out{' (dotted: unigram model of the source)' if marks else ''}", xlabel="step", ylabel=unit)
-    axis.legend()
