@@ -33,13 +33,14 @@ def plan_lines(plan: dict[str, Any], permutation: list[dict[str, Any]] | None) -
         "",
         f"Medians of {plan['plans']} plans of a run on a ramp; one rank's hand is of 8 ranks and 16 micro-batches.",
         "",
-        "| twin | with digest, us | digest, us | digest apart, us | target, us | | one rank's hand, us |",
-        "|---|---|---|---|---|---|---|",
+        "| twin | with digest, us | digest, us | digest apart, us | 5 % below | target, us | | one rank's hand, us |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, twin in plan["twins"].items():
         lines.append(
             f"| {name} | {twin['with_digest_us']:.0f} | {twin['digest_us']:.0f} | {twin['without_digest_us']:.0f} "
-            f"| {twin['target_us']:.0f} | {'met' if twin['met'] else 'missed'} | {twin['hand_us']:.0f} |"
+            f"| {twin['low_us']:.0f} | {twin['target_us']:.0f} | {'met' if twin['met'] else 'missed'} "
+            f"| {twin['hand_us']:.0f} |"
         )
     if permutation:
         twins = [key for key in permutation[0] if key != "windows"]
@@ -82,10 +83,11 @@ def rule_lines(rows: list[dict[str, Any]]) -> list[str]:
         "of a step's count, of the count since the start, of a rank's 8 sequences, of a micro-batch; then the worst "
         "rank's share over the whole run, in percentage points, and the per cent of ranks' steps that miss a group "
         "of which they should have one sequence or more. The rules are re-expressed from: Megatron-LM "
-        "`build_blending_indices` and `MegatronPretrainingSampler`; streaming `generate_work_stratified_batching`; Grain `MapDataset.mix` "
-        "(`_counts_per_dataset`), ranks slicing the mixed dataset; independent draws as in Energon's `BlendDataset`, "
-        "lingua and Hugging Face `interleave_datasets`. Only megaflow has schedules: on the ramp independent draws "
-        "were given each step's weights, the others cannot run it. Grain and streaming also refuse a weight of 0.",
+        "`build_blending_indices` and `MegatronPretrainingSampler`; streaming `generate_work_stratified_batching`; "
+        "Grain `MapDataset.mix` (`_counts_per_dataset`), ranks slicing the mixed dataset; independent draws as in "
+        "Energon's `BlendDataset`, lingua and Hugging Face `interleave_datasets`. Only megaflow has schedules: on the "
+        "ramp independent draws were given each step's weights, the others cannot run it. Grain and streaming also "
+        "refuse a weight of 0.",
         "",
         "| mix | rule | micro-batch | step | cumulative | rank | rank, whole run | in a micro-batch | missing |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -139,7 +139,7 @@ def constant_shares(schedule: CompiledSchedule) -> list[float]:
     return [weight / ONE for weight in weights]
 
 
-def error_figures(dealt: Dealt, shares: Floats, points: int = 200) -> dict[str, Any]:
+def error_figures(dealt: Dealt, shares: Floats, points: int = 50) -> dict[str, Any]:
     """How far what was dealt is from `shares` [steps, K], in sequences unless it says otherwise.
 
     Returns:
