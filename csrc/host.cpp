@@ -139,7 +139,7 @@ enum Clock : i64 { kSteps = 0, kSequences = 1, kTokens = 2, kDocuments = 3 };
 
 extern "C" {
 
-int megaflow_abi_version() { return 1; }
+int megaflow_abi_version() { return 2; }
 
 // Permutes indices in place: the next lengths[r] of them lie in [0, sizes[r]) and use the permutation of keys[r].
 void megaflow_permute(i64 runs, const u64* keys, const u64* sizes, const i64* lengths, i64* indices) {
@@ -150,12 +150,13 @@ void megaflow_permute(i64 runs, const u64* keys, const u64* sizes, const i64* le
     }
 }
 
-// Advances the state (step, residuals of groups and sources, consumed sequences) by `steps` steps. Writes the weights
-// and counts of the last of them and returns the number of safety-valve corrections in all of them.
+// Advances the state (step, residuals of groups and sources, consumed sequences) by `steps` steps. Raises `worst` to the
+// largest distance from 0 that each group's residual had after a step, writes the weights and counts of the last step
+// and returns the number of safety-valve corrections in all of them.
 i64 megaflow_advance(i64 steps, i64 batch, i64 sequence_length, i64 clock, i64 knots, const i64* knot_at,
                      const i64* knot_weights, i64 groups, const i64* group_sizes, const i64* source_weights,
                      const i64* windows, const i64* documents, i64* step, i64* group_residuals, i64* source_residuals,
-                     i64* consumed, i64* weights, i64* group_counts, i64* counts) {
+                     i64* consumed, i64* worst, i64* weights, i64* group_counts, i64* counts) {
     i64 sources = 0, sequences = 0, corrections = 0;
     for (i64 g = 0; g < groups; ++g) sources += group_sizes[g];
     for (i64 k = 0; k < sources; ++k) sequences += consumed[k];
@@ -174,6 +175,7 @@ i64 megaflow_advance(i64 steps, i64 batch, i64 sequence_length, i64 clock, i64 k
         for (i64 g = 0, first = 0; g < groups; first += group_sizes[g], ++g)
             corrections += quota(group_counts[g], group_sizes[g], source_weights + first, source_residuals + first,
                                  counts + first, fractions.data());
+        for (i64 g = 0; g < groups; ++g) worst[g] = std::max(worst[g], std::abs(group_residuals[g]));
         for (i64 k = 0; k < sources; ++k) consumed[k] += counts[k];
         sequences += batch;
         *step += 1;

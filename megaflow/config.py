@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from megaflow.errors import UserError
 
 Weight = Annotated[Decimal, Field(ge=0, le=10**9)]
+Epochs = Annotated[Decimal, Field(gt=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Clock = Literal["steps", "sequences", "tokens", "documents"]
@@ -111,7 +112,9 @@ class SourceConfig(Section):
     path: str
     """Prefix of the corpus written by `megaflow prepare`: <path>.bin, <path>.idx, <path>.json."""
     weight: Weight = Decimal(1)
-    """Share of the group's sequences, relative to the group's other sources."""
+    """Share of the group's sequences, relative to the group's other sources; 0 leaves the source out."""
+    max_epochs: Epochs | None = None
+    """Cap: a run that would read the source more often is refused; none: the group's."""
 
     @field_validator("path")
     @classmethod
@@ -127,12 +130,36 @@ class GroupConfig(Section):
 
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     """Name of each source to its corpus; the name is part of the source's identity and of its order."""
+    weights: Literal["explicit", "proportional", "temperature", "unimax"] = "explicit"
+    """Shares of the sources: their `weight`; their sizes in sequences; size ** (1 / temperature); or UniMax (arXiv
+    2304.09151): alike, but no source beyond its max_epochs over the run."""
+    temperature: Annotated[Decimal, Field(gt=0, le=1000)] | None = None
+    """For weights temperature: 1 is proportional, more is flatter."""
+    max_epochs: Epochs | None = None
+    """Cap on the epochs of each source that gives none itself."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
         if not any(source.weight for source in self.sources.values()):
             raise ValueError("every source of the group has weight 0; give one a positive weight")
+        if self.weights != "explicit":
+            odd = [name for name, source in self.sources.items() if source.weight not in (0, 1)]
+            if odd:
+                raise ValueError(
+                    f"weights {self.weights} are computed from sizes, but {odd[0]} has weight "
+                    f"{self.sources[odd[0]].weight}; leave it out"
+                )
+        if (self.temperature is not None) != (self.weights == "temperature"):
+            raise ValueError("`temperature` and `weights: temperature` go together; give both or neither")
+        uncapped = [name for name in self.sources if self.cap(name) is None]
+        if self.weights == "unimax" and uncapped:
+            raise ValueError(f"weights unimax needs max_epochs, of the group or of source {uncapped[0]}")
         return self
+
+    def cap(self, source: str) -> Decimal | None:
+        """Largest number of epochs of a source."""
+        own = self.sources[source].max_epochs
+        return self.max_epochs if own is None else own
 
 
 class KnotConfig(Section):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from megaflow.config import Config
 from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.ledger import LedgerEntry
-from megaflow.data.schedule import CompiledSchedule, Knot, chatflow, compile_knots, weights_from_decimals
+from megaflow.data.ledger import LedgerEntry, build_sampler
+from megaflow.data.schedule import (
+    CompiledSchedule,
+    Knot,
+    chatflow,
+    compile_knots,
+    integer_weights,
+    weights_from_decimals,
+)
 from megaflow.data.sources import Source
+from megaflow.data.weights import temperature, unimax
 from megaflow.errors import UserError
 
 EDITED = "config edited on resume"
@@ -26,12 +36,19 @@ def configured_entry(config: Config, sources: Sequence[Source], why: str = "the 
     groups = []
     for name, group in config.data.groups.items():
         specs = tuple(SourceSpec(s, by_name[s].num_windows, by_name[s].documents) for s in group.sources)
-        try:
+        kept = [
+            0 if source.weight == 0 else spec.windows
+            for spec, source in zip(specs, group.sources.values(), strict=True)
+        ]
+        if group.weights == "explicit":
             weights = weights_from_decimals([source.weight for source in group.sources.values()])
-        except ValueError as error:
-            raise UserError(f"data.groups.{name}.sources: weights: {error}") from None
+        elif group.weights == "temperature":
+            assert group.temperature is not None
+            weights = temperature(kept, group.temperature)
+        else:  # for UniMax until the group's sequences are known
+            weights = integer_weights([Fraction(windows) for windows in kept])
         groups.append(GroupSpec(name, specs, tuple(weights)))
-    return LedgerEntry(
+    entry = LedgerEntry(
         first_step=1,
         schedule=compile_schedule(config),
         batch_size=config.train.global_batch_size,
@@ -41,6 +58,33 @@ def configured_entry(config: Config, sources: Sequence[Source], why: str = "the 
         manifests={source.name: source.corpus.manifest.fingerprint for source in sources},
         why=why,
     )
+    return _with_unimax(config, entry)
+
+
+def caps(config: Config) -> dict[str, Decimal]:
+    """Largest number of epochs of every source that has a cap."""
+    found = {name: group.cap(name) for group in config.data.groups.values() for name in group.sources}
+    return {name: cap for name, cap in found.items() if cap is not None}
+
+
+def _with_unimax(config: Config, entry: LedgerEntry) -> LedgerEntry:
+    """The entry with the weights of UniMax groups, whose budget is what the schedule gives them over the whole run.
+
+    On the documents clock, which depends on the sources, the budget is that of weights proportional to sizes.
+    """
+    if all(group.weights != "unimax" for group in config.data.groups.values()):
+        return entry
+    state, groups = build_sampler([entry]).replay(config.train.steps), []
+    for spec, group, planned in zip(entry.groups, config.data.groups.values(), state["groups"], strict=True):
+        if group.weights == "unimax":
+            budget = sum(source["consumed"] for source in planned["sources"])
+            limits = [
+                Fraction(group.cap(source.name) or 0) * source.windows * (group.sources[source.name].weight != 0)
+                for source in spec.sources
+            ]
+            spec = replace(spec, weights=tuple(unimax(limits, budget)))
+        groups.append(spec)
+    return replace(entry, groups=tuple(groups))
 
 
 def compile_schedule(config: Config) -> CompiledSchedule:

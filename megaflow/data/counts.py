@@ -57,21 +57,26 @@ def quota(batch: int, weights: Sequence[int], residuals: list[int]) -> tuple[lis
 
 @dataclass
 class Progress:
-    """How far a run has come: the step last planned, residuals in units of 1 / `ONE`, sequences consumed."""
+    """How far a run has come: the step last planned, residuals in units of 1 / `ONE`, sequences consumed.
+
+    `worst` is not part of the state: the largest absolute residual of each group after any step since the start.
+    """
 
     step: int
     group_residuals: Ints
     source_residuals: Ints
     consumed: Ints
+    worst: Ints
 
     @classmethod
     def start(cls, groups: int, sources: int) -> Progress:
         """Before the first step."""
-        return cls(0, np.zeros(groups, np.int64), np.zeros(sources, np.int64), np.zeros(sources, np.int64))
+        return cls(0, *(np.zeros(size, np.int64) for size in (groups, sources, sources, groups)))
 
     def copy(self) -> Progress:
         """An independent copy."""
-        return Progress(self.step, self.group_residuals.copy(), self.source_residuals.copy(), self.consumed.copy())
+        arrays = (self.group_residuals, self.source_residuals, self.consumed, self.worst)
+        return Progress(self.step, *(array.copy() for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class CountRule:
         if library is not None:
             weights, groups = np.empty_like(self.group_sizes), np.empty_like(self.group_sizes)
             sources, step = np.empty_like(self.windows), np.array([progress.step], np.int64)
-            state = (step, progress.group_residuals, progress.source_residuals, progress.consumed)
+            state = (step, progress.group_residuals, progress.source_residuals, progress.consumed, progress.worst)
             pointers = [array.ctypes.data for array in (*state, weights, groups, sources)]
             corrections = library.megaflow_advance(steps, batch, *self._native_arguments, *pointers)
             progress.step += steps
@@ -147,6 +152,7 @@ class CountRule:
             source_residuals += residuals
             corrections += moved
         progress.group_residuals[:] = group_residuals
+        np.maximum(progress.worst, np.abs(progress.group_residuals), out=progress.worst)
         progress.source_residuals[:] = source_residuals
         progress.consumed += np.array(sources, np.int64)
         progress.step += 1

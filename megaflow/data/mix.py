@@ -68,8 +68,7 @@ class Sampler:
     def change(self, first_step: int, batch_size: int, groups: Sequence[GroupSpec], schedule: CompiledSchedule) -> None:
         """Another mix from `first_step` on. Counts and residuals carry over: no sequence is skipped or repeated.
 
-        The schedule runs on the same clock as before, counted from the run's first step. Of two mixes with the same
-        first step the later one holds.
+        The schedule's clock counts from the run's first step. Of two mixes with one first step the later one holds.
 
         Raises:
             UserError: the step is past or before an earlier mix's, or groups or sources do not continue those before.
@@ -214,6 +213,17 @@ class Sampler:
         if steps > 0:
             self._advance(progress, steps)
         return self._state(progress)
+
+    def skip(self, steps: int) -> None:
+        """Advance by `steps` steps, counts only: fast, but the digest no longer stands for all steps."""
+        if steps > 0:
+            self._advance(self._progress, steps)
+
+    @property
+    def deviations(self) -> list[int]:
+        """Each group's largest distance from what its weights sum to, in 1 / `ONE` sequences, in steps planned here."""
+        worst: list[int] = self._progress.worst.tolist()
+        return worst
 
     def weights_at(self, step: int) -> list[int]:
         """Group weights of a step after the one planned last, in units of 1 / `ONE`; this sampler stays where it is."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "_host.so"
-ABI_VERSION = 1  # raised together with `megaflow_abi_version` in csrc/host.cpp whenever a signature changes
+ABI_VERSION = 2  # raised together with `megaflow_abi_version` in csrc/host.cpp whenever a signature changes
 
 _I64 = ctypes.c_int64
 _ARRAY = ctypes.c_void_p  # the address of the first element
@@ -37,7 +37,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"host C++: {LIBRARY_PATH.name} is of another version of the sources, {rebuild}"
     library.megaflow_permute.argtypes = [_I64, _ARRAY, _ARRAY, _ARRAY, _ARRAY]
     library.megaflow_permute.restype = None
-    library.megaflow_advance.argtypes = [*[_I64] * 5, _ARRAY, _ARRAY, _I64, *[_ARRAY] * 11]
+    library.megaflow_advance.argtypes = [*[_I64] * 5, _ARRAY, _ARRAY, _I64, *[_ARRAY] * 12]
     library.megaflow_advance.restype = _I64
     library.megaflow_best_fit.argtypes = [_I64, _ARRAY, _I64, _ARRAY]
     library.megaflow_best_fit.restype = None

@@ -95,7 +95,7 @@ def weights_from_decimals(values: Sequence[Number]) -> list[int]:
     Raises:
         ValueError: no values, all zero, a negative value or one that is not a finite number.
     """
-    return _integer_weights(_exact_values(values))
+    return integer_weights(_exact_values(values))
 
 
 def compile_knots(clock: str, knots: Sequence[Knot]) -> CompiledSchedule:
@@ -121,7 +121,7 @@ def compile_knots(clock: str, knots: Sequence[Knot]) -> CompiledSchedule:
             points.update(_travel(previous, (x, weights), knot.pacing))
         points[x] = weights
         previous = x, weights
-    return CompiledSchedule(clock, tuple((x, tuple(_integer_weights(points[x]))) for x in sorted(points)))
+    return CompiledSchedule(clock, tuple((x, tuple(integer_weights(points[x]))) for x in sorted(points)))
 
 
 def chatflow(
@@ -146,7 +146,7 @@ def chatflow(
     if grown < 1:
         raise ValueError(f"t_grow must be at least 1, got {t_grow}")
     first = _blend(start, end, blend)
-    return CompiledSchedule(clock, ((0, tuple(_integer_weights(first))), (grown, tuple(_integer_weights(end)))))
+    return CompiledSchedule(clock, ((0, tuple(integer_weights(first))), (grown, tuple(integer_weights(end)))))
 
 
 def _travel(
@@ -198,7 +198,8 @@ def _normalised(values: list[Fraction]) -> list[Fraction]:
     return [value / total for value in values]
 
 
-def _integer_weights(values: list[Fraction]) -> list[int]:
+def integer_weights(values: Sequence[Fraction]) -> list[int]:
+    """Weights of sum `ONE` in proportion to exact values; what flooring leaves goes to the largest (ties: first)."""
     total = sum(values)
     weights = [math.floor(value * ONE / total) for value in values]
     weights[values.index(max(values))] += ONE - sum(weights)

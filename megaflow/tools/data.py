@@ -48,6 +48,7 @@ def change(
     try:
         entry.check_follows(last)
         build_sampler([*ledger, entry])
+        _check_caps(config or run / "config.yaml", [*ledger, entry])
         write_ledger(run / "ledger.json", [*ledger, entry])
     except OSError as error:
         raise UserError(f"{run}/ledger.json: cannot be written ({error.strerror})") from None
@@ -90,6 +91,26 @@ def diff(
         typer.echo(line)
     if lines:
         raise typer.Exit(1)
+
+
+@data.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+) -> None:
+    """Simulate the whole run of CONFIG, or its rest if run_dir holds it already, and print what it reads.
+
+    Per source: sequences, tokens, epochs, its cap on epochs and the first step at which it is reached.
+    """
+    from megaflow.config_load import load_config
+    from megaflow.data.tokenizer import load_tokenizer
+    from megaflow.train.run import open_mix, with_vocabulary
+
+    settings = load_config(config, overrides)
+    forecast = open_mix(with_vocabulary(settings, load_tokenizer(settings.data.tokenizer))).forecast
+    for line in forecast.table():
+        typer.echo(line)
+    forecast.check_caps()
 
 
 def _check_not_trained(run: Path, at_step: int) -> None:
@@ -157,6 +178,26 @@ def _entry_of_config(file: Path, last: LedgerEntry) -> LedgerEntry:
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
     sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
     return replace(configured_entry(config, sources), first_step=last.first_step, why=last.why)
+
+
+def _check_caps(file: Path, ledger: list[LedgerEntry]) -> None:
+    """Refuse a mix that would read a source more often, over the run, than the config in a file allows."""
+    from megaflow.config_load import read_yaml
+    from megaflow.data.forecast import forecast
+
+    tree = read_yaml(file)
+    try:
+        caps = {
+            name: Decimal(str(cap))
+            for group in tree["data"]["groups"].values()
+            for name, source in group["sources"].items()
+            if (cap := source.get("max_epochs") or group.get("max_epochs")) is not None
+        }
+        steps = int(tree["train"]["steps"])
+    except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation):
+        raise UserError(f"{file}: not the config of a run; restore it") from None
+    if caps:
+        forecast(ledger, steps, caps).check_caps()
 
 
 def _check_batch(run: Path, began: dict[str, Any], entry: LedgerEntry) -> None:

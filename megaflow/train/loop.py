@@ -67,6 +67,7 @@ def begin(run: Run, state: TrainState, ctx: ParallelContext) -> Report:
     report.say(f"{run.describe()}, {size}; starts after step {run.sampler.step}")
     if edited:
         report.say(edited)
+    report.say(run.mix.forecast.summary())
     return report
 
 

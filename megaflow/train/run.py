@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from megaflow.checkpoint.store import step_directories
 from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
-from megaflow.data.configured import configured_entry, edited_entry
+from megaflow.data.configured import caps, configured_entry, edited_entry
+from megaflow.data.forecast import Forecast, forecast
 from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at, read_ledger, source_names, write_ledger
 from megaflow.data.mix import Sampler
 from megaflow.data.plan import count_micro_batches
@@ -36,20 +38,38 @@ FIXED = {
 
 
 @dataclass(frozen=True)
+class OpenMix:
+    """What a run is mixed from."""
+
+    sources: list[Source]
+    """In the order in which the run came to know them: their index is the sampler's flat source index."""
+    ledger: list[LedgerEntry]
+    is_new: bool
+    edit: LedgerEntry | None
+    """What an edited config adds to the ledger at the first step after the one resumed from."""
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
 class Run:
     """A new or resumed run, checked but not begun."""
 
     config: Config
     tokenizer_sha256: str
-    sources: list[Source]
-    """In the order in which the run came to know them: their index is the sampler's flat source index."""
     heldouts: list[Source | None]
-    """Their held-out documents, None for a source that has none."""
-    ledger: list[LedgerEntry]
+    """Held-out documents of each source, None for one that has none."""
+    mix: OpenMix
     sampler: Sampler
-    is_new: bool
-    edit: LedgerEntry | None = None
-    """What an edited config adds to the ledger at the first step after the one resumed from."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """By flat source index."""
+        return self.mix.sources
+
+    @property
+    def ledger(self) -> list[LedgerEntry]:
+        """What the sampler follows."""
+        return self.mix.ledger
 
     @property
     def dir(self) -> Path:
@@ -64,10 +84,10 @@ class Run:
             special = tokenizer.with_name("tokenizer_config.json")  # names a tokenizer.json's special pieces
             if tokenizer.suffix == ".json" and special.exists():
                 _replace(self.dir / special.name, special.read_bytes())
-            if self.edit is not None:  # before the config: it is by the config that an edit is noticed
+            if self.mix.edit is not None:  # before the config: it is by the config that an edit is noticed
                 write_ledger(self.dir / "ledger.json", self.ledger)
             _replace(self.dir / "config.yaml", dump_config(self.config).encode())
-            if self.is_new:
+            if self.mix.is_new:
                 write_ledger(self.dir / "ledger.json", self.ledger)
             discard_superseded(self.dir, self.sampler.step)
         except OSError as error:
@@ -75,9 +95,9 @@ class Run:
 
     def take_up_edit(self) -> str | None:
         """Lets an edited config take effect at the next step, once the state resumed from is known; what it changes."""
-        if self.edit is None:
+        if self.mix.edit is None:
             return None
-        entry, last = replace(self.edit, first_step=self.sampler.step + 1), self.ledger[-1]
+        entry, last = replace(self.mix.edit, first_step=self.sampler.step + 1), self.ledger[-1]
         if entry.first_step < last.first_step:
             raise UserError(
                 f"{self.dir}/ledger.json: has an entry from step {last.first_step} on, so the mix cannot be edited at "
@@ -115,16 +135,15 @@ def plan_run(config: Config, device: torch.device) -> Run:
     directory whose run was begun with another model or mix.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    config = _with_vocabulary(config, tokenizer)
+    config = with_vocabulary(config, tokenizer)
     if config.model.weights:
         check_hf_config(config.model, config.model.weights)
     try:
         select_ops(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, config.kernels)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from None
-    named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
-    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
-    for source in sources:
+    mix = open_mix(config)
+    for source in mix.sources:
         made_with = source.corpus.manifest.tokenizer
         given, expected = ((t.sha256, t.bos_id, t.eos_id) for t in (tokenizer, made_with))
         if given != expected:
@@ -135,20 +154,42 @@ def plan_run(config: Config, device: torch.device) -> Run:
                 f"data.tokenizer: {config.data.tokenizer} is {what} that source {source.name} was prepared with "
                 f"({made_with.path}); give that one, or prepare {source.corpus.prefix} again"
             )
-    path = Path(config.run_dir) / "ledger.json"
-    is_new = not path.exists()
-    if is_new and any(Path(config.run_dir).glob("checkpoints/step-*")):
-        raise UserError(
-            f"run_dir: {config.run_dir} has checkpoints but no ledger.json; restore it or give a new folder"
-        )
+    heldouts = open_heldouts(mix.sources, config.data.seq_length, config.data.verify)
+    mix.forecast.check_caps()
+    return Run(config, tokenizer.sha256, heldouts, mix, build_sampler(mix.ledger))
+
+
+def open_mix(config: Config) -> OpenMix:
+    """Opens the sources of a new or resumed run, finds or makes its ledger, and simulates the whole run.
+
+    The config is one `with_vocabulary`.
+
+    Raises UserError for a damaged corpus, or a mix that the run in `run_dir` cannot change to.
+    """
+    named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
+    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
+    run_dir = Path(config.run_dir)
+    is_new = not (run_dir / "ledger.json").exists()
+    saved = step_directories(run_dir / "checkpoints")
+    if is_new and saved:
+        raise UserError(f"run_dir: {run_dir} has checkpoints but no ledger.json; restore it or give a new folder")
     ledger, edit = ([configured_entry(config, sources)], None) if is_new else _ledger_of(config, sources)
+    ahead = list(ledger)
+    if edit is not None:
+        newest = max([0, *(int(path.name.removeprefix("step-")) for path in saved)])
+        ahead.append(replace(edit, first_step=max(newest + 1, ledger[-1].first_step)))
     by_name = {source.name: source for source in sources}
-    sources = [by_name[name] for name in source_names([*ledger, *([edit] if edit else [])])]
-    heldouts = open_heldouts(sources, config.data.seq_length, config.data.verify)
-    return Run(config, tokenizer.sha256, sources, heldouts, ledger, build_sampler(ledger), is_new, edit)
+    return OpenMix(
+        sources=[by_name[name] for name in source_names(ahead)],
+        ledger=ledger,
+        is_new=is_new,
+        edit=edit,
+        forecast=forecast(ahead, config.train.steps, caps(config)),
+    )
 
 
-def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with its vocabulary's size; raises UserError where the tokenizer's pieces do not fit."""
     size = config.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(

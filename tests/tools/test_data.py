@@ -34,7 +34,10 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000016").mkdir(parents=True)
     write_ledger(run / "ledger.json", [entry()])
-    (run / "config.yaml").write_text(yaml.safe_dump({"train": {"steps": 100, "micro_batch_size": 2}}))
+    groups = {group.name: {"sources": {s.name: {"path": "-"} for s in group.sources}} for group in entry().groups}
+    groups["en"]["sources"]["novels"]["max_epochs"] = "5"
+    config = {"data": {"groups": groups}, "train": {"steps": 100, "micro_batch_size": 2}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     records = [{"kind": "launch", "step": 0, "layout": {"dp": 2}}, {"kind": "train", "step": 20}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "tr')
     return run
@@ -88,6 +91,7 @@ def test_an_entry_that_never_held_says_so(run: Path) -> None:
         (["--at-step", 21, "--weights", "en=-1,zh=2"], "--weights 'en=-1'"),
         (["--at-step", 21, "--weights", "half"], "--weights 'half'"),
         (["--at-step", 21, "--weights", "en=0.5,zh=0.6"], r"--weights sum to 1\.1, not 1"),
+        (["--at-step", 21, "--weights", "en=1,zh=0"], r"sources\.novels: max_epochs 5 is reached at step 79 of 100"),
         (["--at-step", 21, "--config", "nowhere.yaml"], r"nowhere\.yaml: cannot be read"),
     ],
 )
