@@ -195,6 +195,14 @@ def entry_at(ledger: Sequence[LedgerEntry], step: int) -> LedgerEntry:
     return ledger[bisect_right(ledger, step, key=lambda entry: entry.first_step) - 1]
 
 
+def entries_from(ledger: Sequence[LedgerEntry], step: int) -> list[LedgerEntry]:
+    """The entries that hold at `step` or later: without those past and those replaced before they took effect."""
+    following = [*(entry.first_step for entry in ledger[1:]), None]
+    return [
+        entry for entry, end in zip(ledger, following, strict=True) if end is None or end > max(step, entry.first_step)
+    ]
+
+
 def source_names(ledger: Sequence[LedgerEntry]) -> list[str]:
     """Every source of the run in the order of its flat index: by entry, by group."""
     return list(dict.fromkeys(source.name for entry in ledger for source in entry.mix.sources))

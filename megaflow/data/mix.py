@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megaflow.data import order
 from megaflow.data.counts import CountRule, Progress, StepCounts
@@ -96,11 +97,11 @@ class Sampler:
         self._group_of = np.repeat(np.arange(len(sizes)), sizes)
         self._place_of = np.concatenate([np.arange(size) for size in sizes])
         self._rules: list[CountRule] = []
-        self._known: list[list[bool]] = []
+        self._known: list[NDArray[np.bool_]] = []
         for mix in self._mixes:
             schedule, weights = mix.widened(last)
             names = {source.name for source in mix.sources}
-            self._known.append([spec.name in names for spec in self._specs])
+            self._known.append(np.array([spec.name in names for spec in self._specs]))
             self._rules.append(
                 CountRule(
                     schedule,

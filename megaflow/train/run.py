@@ -18,7 +18,7 @@ from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
 from megaflow.data.configured import caps, configured_entry, edited_entry
 from megaflow.data.forecast import Forecast, forecast
-from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at, read_ledger, source_names, write_ledger
+from megaflow.data.ledger import LedgerEntry, build_sampler, entries_from, read_ledger, source_names, write_ledger
 from megaflow.data.mix import Sampler
 from megaflow.data.plan import count_micro_batches
 from megaflow.data.sources import Source, open_heldouts, open_sources
@@ -105,7 +105,7 @@ class Run:
                 f"{last.first_step} on with `megaflow data change`"
             )
         self.extend(entry)
-        return f"config edited: {entry.describe()}"
+        return f"the mix changes {entry.describe()}"
 
     def extend(self, entry: LedgerEntry) -> None:
         """Appends an entry to the ledger in memory and to the sampler."""
@@ -115,7 +115,7 @@ class Run:
     def check_layout(self, dp: int) -> None:
         """Raises UserError where `dp` ranks cannot share out a batch that the ledger has ahead."""
         step = self.sampler.step + 1
-        for entry in self.ledger[self.ledger.index(entry_at(self.ledger, step)) :]:
+        for entry in entries_from(self.ledger, step):
             try:
                 count_micro_batches(entry.batch_size, dp, self.config.train.micro_batch_size)
             except UserError as error:

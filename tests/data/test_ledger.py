@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at, read_ledger, write_ledger
+from megaflow.data.ledger import LedgerEntry, build_sampler, entries_from, entry_at, read_ledger, write_ledger
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.plan import StepPlan
 from megaflow.data.schedule import CLOCKS, ONE, Knot, chatflow, compile_knots, weights_from_decimals
@@ -226,6 +226,13 @@ def test_entries_that_do_not_follow_are_refused_by_file_and_reason(tmp_path, cha
         read_ledger(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_entries_that_hold_from_a_step_on():
+    ledger = [replace(entry(), first_step=step, why=str(n)) for n, step in enumerate((1, 4, 4, 9, 9, 9, 12))]
+    holds = {step: [found.why for found in entries_from(ledger, step)] for step in (1, 3, 4, 8, 9, 11, 12, 50)}
+    assert holds == {step: sorted({entry_at(ledger, later).why for later in range(step, 60)}) for step in holds}
+    assert holds[4] == ["2", "5", "6"]
 
 
 def test_a_change_in_the_past_is_refused():

@@ -64,9 +64,9 @@ def test_an_edited_config_takes_effect_after_the_checkpoint_resumed_from(
     killed(config, 1, rank=0, step=6)
     edited = with_more_english(config, corpora)
     killed(edited, 2, rank=0, step=7)
-    assert "config edited: from step 5 on" in capfd.readouterr().out
+    assert "the mix changes from step 5 on" in capfd.readouterr().out
     run(edited)
-    assert "config edited" not in capfd.readouterr().out
+    assert "the mix changes" not in capfd.readouterr().out
     _, second = ledger_of(config)
     assert (second.first_step, second.batch_size, second.why) == (5, 12, "config edited on resume")
     samples = read_samples(Path(config.run_dir))
@@ -176,6 +176,16 @@ def test_a_batch_that_the_layout_cannot_share_out_is_refused_at_launch(make_conf
     with pytest.raises(RankError, match=r"from step 5 on: batch size 6 is not a multiple of 8"):
         run(change_batch, 4)
     assert len(ledger_of(config)) == 1
+
+
+def test_an_entry_that_was_replaced_before_it_took_effect_is_no_obstacle(make_config: MakeConfig) -> None:
+    config = make_config("run", train__steps=4)
+    run(config)
+    ledger = ledger_of(config)
+    ledger += [replace(ledger[0], first_step=7, batch_size=size, why="by hand") for size in (6, 16)]
+    write_ledger(Path(config.run_dir) / "ledger.json", ledger)
+    run(make_config("run"), 4)
+    assert read_samples(Path(config.run_dir)) == planned_samples(make_config("run"))
 
 
 def test_sources_that_are_moved_or_left_out_are_refused(make_config: MakeConfig) -> None:
