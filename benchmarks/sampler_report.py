@@ -31,17 +31,18 @@ def plan_lines(plan: dict[str, Any], permutation: list[dict[str, Any]] | None) -
         "",
         f"## A plan of {plan['batch']} sequences over {plan['sources']} sources in {plan['groups']} groups",
         "",
-        f"Medians of {plan['plans']} plans of a run on a ramp; one rank's hand is of 8 ranks and 16 micro-batches.",
+        f"Medians of {plan['plans']} plans of a run on a ramp, in microseconds; one rank's hand is of 8 ranks and 16 "
+        "micro-batches. The target is for the digest apart, by CPU time.",
         "",
-        "| twin | with digest, us | digest, us | digest apart, us | 5 % below | target, us | | one rank's hand, us |",
+        "| twin | time | with digest | digest | digest apart | 5 % below | one rank's hand | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, twin in plan["twins"].items():
-        lines.append(
-            f"| {name} | {twin['with_digest_us']:.0f} | {twin['digest_us']:.0f} | {twin['without_digest_us']:.0f} "
-            f"| {twin['low_us']:.0f} | {twin['target_us']:.0f} | {'met' if twin['met'] else 'missed'} "
-            f"| {twin['hand_us']:.0f} |"
-        )
+        for clock, time in (("", "clock"), ("cpu_", "CPU")):
+            keys = ("with_digest_us", "digest_us", "without_digest_us", "low_us", "hand_us")
+            figures = " | ".join(f"{twin[clock + key]:.0f}" for key in keys)
+            target = f"{twin['target_us']:.0f}: {'met' if twin['met'] else 'missed'}" if clock else ""
+            lines.append(f"| {name} | {time} | {figures} | {target} |")
     if permutation:
         twins = [key for key in permutation[0] if key != "windows"]
         lines += ["", "| permutation of windows | " + " | ".join(f"{twin}, ns per index" for twin in twins) + " |"]
@@ -56,9 +57,9 @@ def startup_lines(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "## Start-up",
         "",
-        "Each in a process of its own. Peak is what building added to the process's peak. A corpus of megaflow's is "
+        "Each in a process of its own. Peak is what building added to the process at most. A corpus of megaflow's is "
         "sparse files here: nothing but headers is read, as with full ones. megatron-core's functions run on lengths "
-        "already in memory, one document to a window; times 2 to 4 for shorter documents.",
+        "already in memory, one document to a window.",
         "",
         "| windows | | seconds | CPU seconds | peak, MB |",
         "|---|---|---|---|---|",
@@ -68,7 +69,7 @@ def startup_lines(rows: list[dict[str, Any]]) -> list[str]:
         if "seconds" not in row:
             lines.append(f"| {count(row['windows'])} | {name} | {row['missing']} | | |")
             continue
-        note = f" (extrapolated from {count(row['extrapolated_from'])})" if "extrapolated_from" in row else ""
+        note = f" (extrapolated, linear, from {count(row['extrapolated_from'])})" if "extrapolated_from" in row else ""
         times = " | ".join(duration(row[key]) for key in ("seconds", "cpu_seconds"))
         lines.append(f"| {count(row['windows'])} | {name}{note} | {times} | {row['peak_mb']:,.1f} |")
     return lines
@@ -84,10 +85,10 @@ def rule_lines(rows: list[dict[str, Any]]) -> list[str]:
         "rank's share over the whole run, in percentage points, and the per cent of ranks' steps that miss a group "
         "of which they should have one sequence or more. The rules are re-expressed from: Megatron-LM "
         "`build_blending_indices` and `MegatronPretrainingSampler`; streaming `generate_work_stratified_batching`; "
-        "Grain `MapDataset.mix` (`_counts_per_dataset`), ranks slicing the mixed dataset; independent draws as in "
-        "Energon's `BlendDataset`, lingua and Hugging Face `interleave_datasets`. Only megaflow has schedules: on the "
-        "ramp independent draws were given each step's weights, the others cannot run it. Grain and streaming also "
-        "refuse a weight of 0.",
+        "Grain `MapDataset.mix` (`_counts_per_dataset`), ranks slicing the mixed dataset or mixing slices; "
+        "independent draws as in Energon's `BlendDataset`, lingua and Hugging Face `interleave_datasets`. Of these only "
+        "megaflow has schedules: on the ramp independent draws were given each step's weights, the others cannot run "
+        "it. Grain and streaming also refuse a weight of 0.",
         "",
         "| mix | rule | micro-batch | step | cumulative | rank | rank, whole run | in a micro-batch | missing |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -87,23 +87,33 @@ def mosaic(schedule: CompiledSchedule, layout: Layout) -> Dealt:
     return np.broadcast_to(batch.reshape(layout.shape[1:]), layout.shape)
 
 
-def grain(schedule: CompiledSchedule, layout: Layout) -> Dealt:
-    """Grain's mix: counts after k samples are ceilings of k's shares, one dataset after another of what is left.
+def grain_stream(shares: list[float], samples: int) -> Dealt:
+    """[samples] Grain's mix: of the first k, ceilings of k's shares, one dataset after another of what is left.
 
-    grain `MapDataset.mix` (grain/_src/python/dataset/transformations/mix.py, `_counts_per_dataset`); the ranks slice
-    the mixed dataset, `[rank::dp]`.
+    grain `MapDataset.mix` (grain/_src/python/dataset/transformations/mix.py, `_counts_per_dataset`).
     """
-    shares = constant_shares(schedule)
     parts = [int(share * 100 / min(shares)) for share in shares]
-    left = np.arange(layout.steps * layout.batch + 1)
+    left = np.arange(samples + 1)
     counts = []
     for k, part in enumerate(parts):
         taken = -(-left * part // sum(parts[k:]))
         counts.append(taken)
         left = left - taken
-    stream = np.diff(np.stack(counts), axis=1).argmax(axis=0).astype(np.int8)
+    return np.diff(np.stack(counts), axis=1).argmax(axis=0).astype(np.int8)
+
+
+def grain_sliced(schedule: CompiledSchedule, layout: Layout) -> Dealt:
+    """Grain's mix of whole datasets, of which each rank takes the slice `[rank::dp]`."""
     steps, dp, micro_batches, size = layout.shape
+    stream = grain_stream(constant_shares(schedule), steps * layout.batch)
     return stream.reshape(steps, micro_batches, size, dp).transpose(0, 3, 1, 2)
+
+
+def grain_per_rank(schedule: CompiledSchedule, layout: Layout) -> Dealt:
+    """Datasets sliced by rank first, then mixed by Grain on each rank: all ranks mix in step with each other."""
+    steps, _, micro_batches, size = layout.shape
+    stream = grain_stream(constant_shares(schedule), steps * micro_batches * size)
+    return np.broadcast_to(stream.reshape(steps, 1, micro_batches, size), layout.shape)
 
 
 def draws(schedule: CompiledSchedule, layout: Layout) -> Dealt:
@@ -121,7 +131,8 @@ RULES: dict[str, Rule] = {
     "megaflow": ours,
     "Megatron-LM": megatron,
     "MosaicML stratified": mosaic,
-    "Grain": grain,
+    "Grain, mix sliced": grain_sliced,
+    "Grain, mixed per rank": grain_per_rank,
     "independent draws": draws,
 }
 SCHEDULED = ("megaflow", "independent draws")

@@ -84,9 +84,10 @@ def test_rules_are_what_their_projects_do() -> None:
     schedule = compile_knots("steps", [Knot(0, ("7", "3"))])
     mosaic = RULES["MosaicML stratified"](schedule, Layout(3, 2, 1, 4))
     assert mosaic[2].tolist() == [[[0, 0, 0, 0]], [[0, 0, 1, 1]]]  # 5.6 and 2.4: floors, the rest to the 0.6
-    grain = RULES["Grain"](schedule, Layout(2, 1, 5, 1)).reshape(-1)
+    grain = RULES["Grain, mix sliced"](schedule, Layout(2, 1, 5, 1)).reshape(-1)
     assert np.bincount(grain).tolist() == [7, 3]
     assert grain.tolist() == [0, 0, 0, 1, 0, 0, 1, 0, 0, 1]  # 0 has ceil(0.7 k) of the first k
+    assert RULES["Grain, mixed per rank"](schedule, Layout(2, 3, 5, 1))[:, 2].reshape(-1).tolist() == grain.tolist()
 
 
 def test_error_figures_of_a_known_deal() -> None:
