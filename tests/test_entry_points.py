@@ -23,7 +23,7 @@ def test_help_of_every_command_needs_no_torch() -> None:
 import sys
 from typer.testing import CliRunner
 from megaflow.tools.cli import app
-for command in ("prepare", "config", "doctor", "plot", "generate", "export"):
+for command in ("prepare", "config", "doctor", "plot", "generate", "export", "data"):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, command
 heavy = {"torch", "transformers", "matplotlib", "pyarrow", "numpy"} & set(sys.modules)

@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaflow.data.ledger import LedgerEntry
 from megaflow.errors import UserError
+
+if TYPE_CHECKING:
+    from megaflow.data.ledger import LedgerEntry
 
 data = typer.Typer(no_args_is_help=True, help="Show or change what a run is trained on.", rich_markup_mode=None)
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
