@@ -87,8 +87,8 @@ def rule_lines(rows: list[dict[str, Any]]) -> list[str]:
         "`build_blending_indices` and `MegatronPretrainingSampler`; streaming `generate_work_stratified_batching`; "
         "Grain `MapDataset.mix` (`_counts_per_dataset`), ranks slicing the mixed dataset or mixing slices; "
         "independent draws as in Energon's `BlendDataset`, lingua and Hugging Face `interleave_datasets`. Of these "
-        "only megaflow has schedules: on the ramp independent draws were given each step's weights, the others cannot run "
-        "it. Grain and streaming also refuse a weight of 0.",
+        "only megaflow has schedules: on the ramp independent draws were given each step's weights, the others cannot "
+        "run it. Grain and streaming also refuse a weight of 0.",
         "",
         "| mix | rule | micro-batch | step | cumulative | rank | rank, whole run | in a micro-batch | missing |",
         "|---|---|---|---|---|---|---|---|---|",
