@@ -6,50 +6,14 @@ the number of processes is checked by `Config.check_world`. `config_load.py` rea
 
 from __future__ import annotations
 
-import math
-from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from megaflow.config_data import DataConfig
+from megaflow.config_section import Positive, Section, Size, divisors, nearest
 from megaflow.errors import UserError
-
-Weight = Annotated[Decimal, Field(ge=0, le=10**9)]
-Epochs = Annotated[Decimal, Field(gt=0, le=10**9)]
-Positive = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-Clock = Literal["steps", "sequences", "tokens", "documents"]
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive integer, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def nearest(value: int, choices: list[int]) -> str:
-    """The choices next below and next above `value`, for an error message."""
-    below = [c for c in choices if c <= value][-1:]
-    above = [c for c in choices if c > value][:1]
-    return " or ".join(str(c) for c in below + above)
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, field docstrings are the help."""
-
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False, frozen=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError("true or false where another kind of value is meant; give that, in quotes if it is a name")
-        return value
 
 
 class ModelConfig(Section):
@@ -103,156 +67,6 @@ class ModelConfig(Section):
             )
         if self.weights and not Path(self.weights).is_dir():
             raise ValueError(f"weights {self.weights!r} is not a folder; give one with config.json and *.safetensors")
-        return self
-
-
-class SourceConfig(Section):
-    """One tokenised corpus."""
-
-    path: str
-    """Prefix of the corpus written by `megaflow prepare`: <path>.bin, <path>.idx, <path>.json."""
-    weight: Weight = Decimal(1)
-    """Share of the group's sequences, relative to the group's other sources; 0 leaves the source out."""
-    max_epochs: Epochs | None = None
-    """Cap: a run that would read the source more often is refused; none: the group's."""
-
-    @field_validator("path")
-    @classmethod
-    def _files(cls, path: str) -> str:
-        missing = [path + suffix for suffix in (".bin", ".idx", ".json") if not Path(path + suffix).is_file()]
-        if missing:
-            raise ValueError(f"no file {missing[0]}; write the corpus with `megaflow prepare {path} ...`")
-        return path
-
-
-class GroupConfig(Section):
-    """A language group: the unit the schedule gives ratios to."""
-
-    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
-    """Name of each source to its corpus; the name is part of the source's identity and of its order."""
-    weights: Literal["explicit", "proportional", "temperature", "unimax"] = "explicit"
-    """Shares of the sources: their `weight`; their sizes in sequences; size ** (1 / temperature); or UniMax (arXiv
-    2304.09151): alike, but no source beyond its max_epochs over the run."""
-    temperature: Annotated[Decimal, Field(gt=0, le=1000)] | None = None
-    """For weights temperature: 1 is proportional, more is flatter."""
-    max_epochs: Epochs | None = None
-    """Cap on the epochs of each source that gives none itself."""
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Self:
-        if not any(source.weight for source in self.sources.values()):
-            raise ValueError("every source of the group has weight 0; give one a positive weight")
-        if self.weights != "explicit":
-            odd = [name for name, source in self.sources.items() if source.weight not in (0, 1)]
-            if odd:
-                raise ValueError(
-                    f"weights {self.weights} are computed from sizes, but {odd[0]} has weight "
-                    f"{self.sources[odd[0]].weight}; leave it out"
-                )
-        if (self.temperature is not None) != (self.weights == "temperature"):
-            raise ValueError("`temperature` and `weights: temperature` go together; give both or neither")
-        uncapped = [name for name in self.sources if self.cap(name) is None]
-        if self.weights == "unimax" and uncapped:
-            raise ValueError(f"weights unimax needs max_epochs, of the group or of source {uncapped[0]}")
-        return self
-
-    def cap(self, source: str) -> Decimal | None:
-        """Largest number of epochs of a source."""
-        own = self.sources[source].max_epochs
-        return self.max_epochs if own is None else own
-
-
-class KnotConfig(Section):
-    """Group weights at one moment of the run."""
-
-    at: Annotated[int, Field(ge=0)]
-    """Moment, in units of the schedule's clock."""
-    weights: dict[str, Weight]
-    """Ratio of every group; they sum to 1."""
-    pacing: Literal["const", "linear", "cosine", "step", "root", "geometric"] = "linear"
-    """How the weights travel here from the previous knot."""
-
-
-class ScheduleConfig(Section):
-    """Group ratios over the run: either `initial` to `final` (ChatFlow, arXiv 2405.10626) or a list of knots."""
-
-    clock: Clock = "tokens"
-    """What `grow` and knots count: steps, sequences, tokens or documents consumed by all ranks together."""
-    initial: dict[str, Weight] | None = None
-    """ChatFlow: ratios at the start; they sum to 1."""
-    final: dict[str, Weight] | None = None
-    """ChatFlow: ratios once the ramp has ended; they sum to 1."""
-    grow: Annotated[int, Field(ge=1)] | None = None
-    """ChatFlow's T_grow, length of the ramp in the clock's units; none: grow_fraction of the run."""
-    grow_fraction: Annotated[Decimal, Field(gt=0, le=1)] = Decimal("0.6")
-    """Length of the ramp as a share of the run, when `grow` is not given."""
-    lambda0: Annotated[Decimal, Field(ge=0, lt=1)] = Decimal(0)
-    """ChatFlow's lambda_0: how far along the ramp the run starts."""
-    knots: list[KnotConfig] | None = None
-    """Any other schedule: weights at moments, in ascending order; the first at 0, the last is held."""
-
-    def mixes(self) -> list[tuple[str, dict[str, Decimal]]]:
-        """Every set of ratios in the schedule with the key it stands under."""
-        if self.knots is not None:
-            return [(f"knots[{i}].weights", knot.weights) for i, knot in enumerate(self.knots)]
-        return [("initial", self.initial or {}), ("final", self.final or {})]
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        ramp = self.initial is not None and self.final is not None
-        if ramp == (self.knots is not None) or (self.initial is None) != (self.final is None):
-            raise ValueError("has neither or both of its forms; give either `initial` and `final`, or `knots`")
-        if ramp and self.grow is None and self.clock == "documents":
-            raise ValueError("the documents clock needs `grow`; the run's length in documents is not known beforehand")
-        if self.knots is not None:
-            moments = [knot.at for knot in self.knots]
-            if not moments or moments[0] != 0 or any(b <= a for a, b in pairwise(moments)):
-                raise ValueError(f"knots must ascend from 0; they are at {moments}")
-        for key, weights in self.mixes():
-            total = sum(weights.values())
-            if total != 1:
-                raise ValueError(f"{key} sum to {total}, not 1; scale them, or change one by {1 - total}")
-        return self
-
-
-class DataConfig(Section):
-    """What the run is trained on."""
-
-    tokenizer: str
-    """SentencePiece .model or Hugging Face tokenizer.json that the corpora were prepared with."""
-    seq_length: Annotated[int, Field(ge=2, le=2**24)]
-    """Tokens per sequence."""
-    groups: Annotated[dict[str, GroupConfig], Field(min_length=1)]
-    """Language groups, in order, each with its sources."""
-    schedule: ScheduleConfig
-    """Ratios of the groups over the run."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the sample order."""
-    verify: Literal["off", "lazy", "full"] = "lazy"
-    """Checksums of the corpora: none, each 16 MiB block before its first use, or everything at launch."""
-    digest_interval: Positive = 100
-    """Steps between two comparisons of the ranks' plans, and two looks at ledger.json for a changed mix."""
-    document_boundaries: bool = True
-    """Attention and positions restart at each document; false: plain causal attention over the whole sequence."""
-
-    @field_validator("tokenizer")
-    @classmethod
-    def _tokenizer_file(cls, path: str) -> str:
-        if not Path(path).is_file():
-            raise ValueError(f"no file {path}; give a SentencePiece .model or a tokenizer.json")
-        return path
-
-    @model_validator(mode="after")
-    def _names(self) -> Self:
-        for key, weights in self.schedule.mixes():
-            if set(weights) != set(self.groups):
-                raise ValueError(
-                    f"schedule.{key} name {sorted(weights)}, the groups are {sorted(self.groups)}; name each group once"
-                )
-        names = [name for group in self.groups.values() for name in group.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"source {twice[0]!r} stands in two groups; source names are unique in a run")
         return self
 
 
@@ -355,7 +169,7 @@ class Config(Section):
     """Tensor and sequence parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
-    kernels: dict[str, str] = {}
+    kernels: dict[str, str] = Field(default_factory=dict)
     """Op to backend, where the automatic choice is not wanted; `megaflow doctor` lists them."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
 from megaflow.config import Config
 from megaflow.errors import UserError
@@ -152,7 +152,7 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
         key = f"{prefix}{name}"
         text = " ".join((field.description or "").split())
         if inner is None:
-            default = "required" if field.default is PydanticUndefined else str(field.default)
+            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             yield key, _type_name(field.annotation), default, text
             continue
         wrapper = str(field.annotation)
