@@ -41,7 +41,7 @@ class GroupConfig(Section):
     weights: Literal["explicit", "proportional", "temperature", "unimax"] = "explicit"
     """Shares of the sources: their `weight`; their sizes in sequences; size ** (1 / temperature); or UniMax (arXiv
     2304.09151): alike, but no source beyond its max_epochs over the run."""
-    temperature: Annotated[Decimal, Field(gt=0, le=1000)] | None = None
+    temperature: Annotated[Decimal, Field(ge=Decimal("0.1"), le=1000)] | None = None
     """For weights temperature: 1 is proportional, more is flatter."""
     max_epochs: Epochs | None = None
     """Cap on the epochs of each source that gives none itself."""

@@ -6,10 +6,12 @@ on another layout need neither the config nor the same floating point.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +151,25 @@ def write_ledger(path: Path, entries: Sequence[LedgerEntry]) -> None:
     beside.rename(path)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes that would change the ledger at `path` waiting; readers need no lock."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def append_entry(path: Path, read: Sequence[LedgerEntry], entry: LedgerEntry) -> None:
+    """Append to the ledger that was read as `read`; call it under `locked`.
+
+    Raises:
+        UserError: somebody has appended to it since.
+    """
+    if read_ledger(path) != list(read):
+        raise UserError(f"{path}: was changed meanwhile; do it again on the ledger as it is now")
+    write_ledger(path, [*read, entry])
+
+
 def read_ledger(path: Path) -> list[LedgerEntry]:
     """Read a run's ledger.
 
@@ -161,7 +182,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
             raise ValueError("no entries")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: a run's folder must hold its ledger.json") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: not a ledger ({type(error).__name__}: {error}): restore the run's own file"
         ) from error

@@ -14,10 +14,14 @@ def history(ledger: Sequence[LedgerEntry], last_step: int) -> Iterator[str]:
     starts and ends and the shares of the sources."""
     for number, entry in enumerate(ledger):
         first = entry.first_step
-        following = ledger[number + 1].first_step if number + 1 < len(ledger) else max(last_step, first) + 1
+        following = ledger[number + 1].first_step if number + 1 < len(ledger) else None
         if following == first:
             yield f"from step {first} on: replaced before it took effect; {entry.why}"
             continue
+        if first > last_step:
+            yield f"from step {first} on: after the run's last step {last_step}; batch {entry.batch_size}; {entry.why}"
+            continue
+        following = min(following or last_step + 1, last_step + 1)
         yield f"step {first} to {following - 1}: batch {entry.batch_size}; {entry.why}"
         sampler = build_sampler(ledger[: number + 1])
         start, end = (sampler.weights_at(step) for step in (first, following - 1))

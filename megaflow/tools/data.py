@@ -22,7 +22,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 @data.command()
 def change(
     run: RunFolder,
-    at_step: Annotated[int, typer.Option(help="First step of the new mix; it must not have been trained yet.")],
+    at_step: Annotated[int, typer.Option(min=2, max=2**40, help="First step of the new mix, not trained yet.")],
     weights: Annotated[str, typer.Option(help="Ratio of every group from then on: en=0.2,zh=0.8")] = "",
     config: Annotated[
         Path | None, typer.Option(help="YAML file whose schedule, groups and global batch size hold from then on.")
@@ -35,7 +35,7 @@ def change(
     --config runs on the run's clock, which counts from the first step.
     """
     from megaflow.config_load import read_yaml
-    from megaflow.data.ledger import build_sampler, read_ledger, write_ledger
+    from megaflow.data.ledger import append_entry, build_sampler, locked, read_ledger
 
     ledger, began = read_ledger(run / "ledger.json"), read_yaml(run / "config.yaml")
     _check_not_trained(run, at_step)
@@ -51,12 +51,19 @@ def change(
         entry.check_follows(last)
         build_sampler([*ledger, entry])
         _check_caps(config or run / "config.yaml", [*ledger, entry])
-        write_ledger(run / "ledger.json", [*ledger, entry])
+        with locked(run / "ledger.json"):
+            _check_not_trained(run, at_step)  # again: the run may have gone on meanwhile
+            append_entry(run / "ledger.json", ledger, entry)
+            if config is not None:
+                _replace_mix(run / "config.yaml", began, config)
     except OSError as error:
         raise UserError(f"{run}/ledger.json: cannot be written ({error.strerror})") from None
     except UserError as error:
         raise UserError(f"{run}/ledger.json: {error}") from None
     typer.echo(entry.describe())
+    steps = (began.get("train") or {}).get("steps")
+    if isinstance(steps, int) and at_step > steps:
+        typer.echo(f"the run ends at step {steps}: this takes effect once train.steps is raised")
     added = [name for name in entry.manifests if name not in last.manifests]
     if added:
         typer.echo(f"resume the run with {config}: it names the new source {', '.join(added)}")
@@ -135,7 +142,7 @@ def _check_not_trained(run: Path, at_step: int) -> None:
 def _records(run: Path) -> list[dict[str, Any]]:
     """The run's records but those torn by a kill or half-written."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     records = []
@@ -180,6 +187,20 @@ def _entry_of_config(file: Path, last: LedgerEntry) -> LedgerEntry:
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
     sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
     return replace(configured_entry(config, sources), first_step=last.first_step, why=last.why)
+
+
+def _replace_mix(path: Path, began: dict[str, Any], file: Path) -> None:
+    """Puts the mix of a config file into the run's config: resumed with either, the run finds no further edit."""
+    import yaml
+
+    from megaflow.config_load import load_config
+
+    mix = load_config(file).model_dump(mode="json")
+    began["data"] |= {key: mix["data"][key] for key in ("groups", "schedule")}
+    began["train"]["global_batch_size"] = mix["train"]["global_batch_size"]
+    beside = path.with_name(f".tmp-{path.name}")
+    beside.write_text(yaml.safe_dump(began, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    beside.replace(path)
 
 
 def _check_caps(file: Path, ledger: list[LedgerEntry]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 
 CHECKED_STEPS = 100  # whose ids are planned again on resume; counters are replayed from the first step on
+
+
+def compare_ledgers(run_dir: Path, ledger: Sequence[LedgerEntry], ctx: ParallelContext) -> None:
+    """Checks that all ranks read the same ledger at launch; collective. Raises UserError on every rank where not."""
+    if ctx.world_size == 1:
+        return
+    text = json.dumps([entry.to_json() for entry in ledger])
+    everyone: list[Any] = [None] * ctx.world_size
+    dist.all_gather_object(everyone, hashlib.sha256(text.encode()).hexdigest())
+    if len(set(everyone)) > 1:
+        raise UserError(f"{run_dir}/ledger.json: was changed while the ranks were reading it; launch the run again")
 
 
 class DigestCheck:
@@ -112,7 +125,7 @@ def _logged_digests(metrics: Path, step: int) -> dict[int, str]:
     """Digests logged for the last `CHECKED_STEPS` steps up to `step`; the latest where a step was run again."""
     found: dict[int, str] = {}
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return found
     for line in lines:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megaflow.data.ledger import LedgerEntry, read_ledger, source_names, write_ledger
+from megaflow.data.ledger import LedgerEntry, locked, read_ledger, source_names, write_ledger
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.run import Run
@@ -29,9 +29,15 @@ def take_up_changes(run: Run, ctx: ParallelContext, say: Callable[[str], None]) 
     """
     message: list[Any] = [None]
     if ctx.rank == 0:
-        message = [_news(run)]
+        try:
+            with locked(run.dir / "ledger.json"):
+                message = [_news(run)]
+        except OSError as error:
+            message = [f"{run.dir}/ledger.json: cannot be written ({error.strerror}); mend it and resume the run"]
     if ctx.world_size > 1:
         dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], str):
+        raise UserError(message[0])
     lines, entries = message[0]
     for line in lines:
         say(line)

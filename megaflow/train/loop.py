@@ -17,7 +17,7 @@ from megaflow.optim.adamw import AdamW
 from megaflow.optim.learning_rate import learning_rate
 from megaflow.parallel.gradients import FlatParameters, GradientBuffer
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
-from megaflow.train.agreement import DigestCheck, check_history
+from megaflow.train.agreement import DigestCheck, check_history, compare_ledgers
 from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
 from megaflow.train.metrics import SourceTotals
@@ -79,6 +79,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
     """
     stop = StopSignal()
     config, sampler = run.config, run.sampler
+    compare_ledgers(run.dir, run.ledger, ctx)
     torch.manual_seed(config.train.seed)
     model, gradients, state = build(run, ctx)
     store = CheckpointStore(run.dir / "checkpoints", ctx, config.checkpoint.keep)

@@ -60,11 +60,15 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         try:
             if self.path.exists():
-                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_step]
+                kept = [
+                    line
+                    for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                    if _step_of(line) <= resumed_step
+                ]
                 beside = self.path.with_name(".tmp-metrics.jsonl")
                 beside.write_text("".join(line + "\n" for line in kept))
                 beside.replace(self.path)
-            self.file = self.path.open("a")
+            self.file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); mend it or give another run_dir"

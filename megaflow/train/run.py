@@ -18,7 +18,16 @@ from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
 from megaflow.data.configured import caps, configured_entry, edited_entry
 from megaflow.data.forecast import Forecast, forecast
-from megaflow.data.ledger import LedgerEntry, build_sampler, entries_from, read_ledger, source_names, write_ledger
+from megaflow.data.ledger import (
+    LedgerEntry,
+    append_entry,
+    build_sampler,
+    entries_from,
+    locked,
+    read_ledger,
+    source_names,
+    write_ledger,
+)
 from megaflow.data.mix import Sampler
 from megaflow.data.plan import count_micro_batches
 from megaflow.data.sources import Source, open_heldouts, open_sources
@@ -85,7 +94,8 @@ class Run:
             if tokenizer.suffix == ".json" and special.exists():
                 _replace(self.dir / special.name, special.read_bytes())
             if self.mix.edit is not None:  # before the config: it is by the config that an edit is noticed
-                write_ledger(self.dir / "ledger.json", self.ledger)
+                with locked(self.dir / "ledger.json"):
+                    append_entry(self.dir / "ledger.json", self.ledger[:-1], self.ledger[-1])
             _replace(self.dir / "config.yaml", dump_config(self.config).encode())
             if self.mix.is_new:
                 write_ledger(self.dir / "ledger.json", self.ledger)

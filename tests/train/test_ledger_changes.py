@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from megaflow.config import Config
-from megaflow.config_load import dump_config, parse_config
-from megaflow.data.ledger import LedgerEntry, read_ledger, write_ledger
+from megaflow.config_load import dump_config, parse_config, read_yaml
+from megaflow.data.ledger import LedgerEntry, append_entry, read_ledger, write_ledger
 from megaflow.data.schedule import Knot, compile_knots
 from megaflow.errors import UserError
+from megaflow.parallel.mesh import ParallelContext
 from megaflow.tools.data import change
+from megaflow.train.agreement import compare_ledgers
 from megaflow.train.run import Run, plan_run
 from megaflow.train.samples import read_samples
-from tests.distributed import RankError
+from tests.distributed import RankError, run_ranks
 from tests.train.runs import MakeConfig, killed, losses, planned_samples, run
 
 GROUPS = ["en", "zh", "parallel", "instruction"]
@@ -202,3 +204,58 @@ def test_sources_that_are_moved_or_left_out_are_refused(make_config: MakeConfig)
         with pytest.raises(UserError, match=words) as caught:
             run_planned(parse_config(tree | {"data": data}, "changed"))
         assert "give a new run_dir" in str(caught.value)
+
+
+def test_two_changes_by_hand_and_then_a_resume(
+    make_config: MakeConfig, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first by a config with a new source, the second by weights: resumed with either config, neither is undone."""
+    run(make_config("run", train__steps=4))
+    config = make_config("run")
+    folder, file = Path(config.run_dir), tmp_path / "edited.yaml"
+    edited = with_more_english(config, corpora, batch_size=8)
+    file.write_text(dump_config(edited))
+    change(folder, at_step=6, config=file, why="one")
+    change(folder, at_step=8, weights="en=0,zh=1,parallel=0,instruction=0", why="two")
+    for resumed in (edited, with_name_of_own(folder)):
+        planned = run_planned(resumed)
+        assert [(entry.first_step, entry.why) for entry in planned.ledger[1:]] == [(6, "one"), (8, "two")]
+        assert planned.mix.edit is None
+    run(edited)
+    assert read_samples(folder) == planned_samples(config)
+    assert group_counts_of_chinese(config, 9) == 8
+
+
+def with_name_of_own(folder: Path) -> Config:
+    """The config that the run's folder holds."""
+    return parse_config(read_yaml(folder / "config.yaml"), "own")
+
+
+def group_counts_of_chinese(config: Config, step: int) -> int:
+    return sum(source == 1 for source, _, _ in read_samples(Path(config.run_dir))[step])
+
+
+def test_a_ledger_that_somebody_else_changed_meanwhile_is_not_overwritten(make_config: MakeConfig) -> None:
+    config = make_config("run", train__steps=4)
+    run(config)
+    path = Path(config.run_dir) / "ledger.json"
+    read = read_ledger(path)
+    entry = replace(read[0], first_step=9, why="theirs")
+    append_entry(path, read, entry)
+    with pytest.raises(UserError, match="was changed meanwhile"):
+        append_entry(path, read, replace(entry, why="mine"))
+    assert read_ledger(path)[-1].why == "theirs"
+
+
+def test_ranks_that_read_different_ledgers_do_not_start(make_config: MakeConfig) -> None:
+    run(make_config("run", train__steps=4))
+    planned = run_planned(make_config("run"))
+
+    def rank_main() -> str:
+        ctx = ParallelContext.create(1, False, "cpu")
+        ledger = planned.ledger if ctx.rank else [replace(planned.ledger[0], why="another")]
+        with pytest.raises(UserError) as caught:
+            compare_ledgers(planned.dir, ledger, ctx)
+        return str(caught.value)
+
+    assert all("launch the run again" in message for message in run_ranks(2, rank_main))
