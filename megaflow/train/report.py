@@ -183,16 +183,16 @@ class Display:
 
     def step(self, record: Mapping[str, Any]) -> None:
         speed, step = record["speed"], record["step"]
+        loss, rate = f"loss {record['loss']:.3f}", f"{speed['tokens_per_second_per_device']:,.0f} tok/s/device"
+        if self.bar is not None:  # short, so that the bar keeps its width on a narrow terminal
+            self.bar.update(self.task, completed=step, description=f"{loss}  {rate}")
+            return
         mix = " ".join(f"{name} {group['achieved']:.2f}" for name, group in record["groups"].items())
-        numbers = (
-            f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
-            f"{speed['tokens_per_second_per_device']:,.0f} tok/s/device  MFU {100 * speed['mfu']:.1f} %  {mix}"
+        left = (self.steps - step) * speed["step_ms"] / 1000
+        self.line(
+            f"step {step}/{self.steps}  {loss}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {rate}  "
+            f"MFU {100 * speed['mfu']:.1f} %  {mix}  left {left / 60:.1f} min"
         )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=numbers)
-        else:
-            left = (self.steps - step) * speed["step_ms"] / 1000
-            self.line(f"step {step}/{self.steps}  {numbers}  left {left / 60:.1f} min")
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
