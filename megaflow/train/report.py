@@ -59,7 +59,7 @@ class Report:
     def __init__(self, config: Config, state: TrainState, ctx: ParallelContext) -> None:
         sampler = state.sampler
         self.config, self.state, self.sampler, self.is_main = config, state, sampler, ctx.rank == 0
-        self.ctx, self.speed = ctx, Speed(config, ctx)
+        self.ctx = ctx
         self.interval = torch.zeros_like(state.totals.values)
         self.planned = [0] * len(sampler.groups)
         self.corrections, self.steps, self.sequences, self.seconds, self.data_seconds = 0, 0, 0, 0.0, 0.0
@@ -67,6 +67,7 @@ class Report:
     def open(self) -> None:
         """Opens the log and the display; on the main rank only. Raises UserError where the log cannot be written."""
         ctx, step = self.ctx, self.sampler.step
+        self.speed = Speed(self.config, ctx)  # here, where the other ranks wait: a measured peak is then one core's own
         self.log = MetricsLog(Path(self.config.run_dir), step, self.config.train.tensorboard)
         self.display = Display(self.config.train.steps, step)
         self.say(f"MFU against {self.speed.peak:.4g} TFLOP/s: {self.speed.peak_name}")
