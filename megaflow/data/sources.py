@@ -41,6 +41,25 @@ class Source(ABC):
             UserError: what was to be read is damaged.
         """
 
+    @abstractmethod
+    def loss_tokens(self, epoch: int, index: int) -> int:
+        """How many labels with loss `read` gives that window, from the index and the mask alone.
+
+        Raises:
+            UserError: what was to be read is damaged.
+        """
+
+    def _count_labels(self, start: int, stop: int) -> int:
+        """How many of tokens `start + 1 .. stop`, as far as there are any, are labels with loss."""
+        corpus = self.corpus
+        labels = min(stop, corpus.num_tokens - 1) - start
+        starts = corpus.starts_within(start, stop) - 1
+        starts = starts[starts < labels]  # the end of the stream counts as a start
+        if not corpus.has_mask:
+            return labels - len(starts)
+        mask = corpus.loss_mask(start, start + labels + 1)[1:]
+        return int(np.count_nonzero(mask)) - int(np.count_nonzero(mask[starts]))
+
     def _read_span(self, start: int, stop: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         """Inputs `start .. stop - 1`, padded to S; the label of each is the next token of its document."""
         corpus, length = self.corpus, stop - start
@@ -79,6 +98,14 @@ class TextSource(Source):
             self._offsets[epoch] = window_offset(self.seed, self.name, epoch, self.corpus.num_tokens)
         return self._offsets[epoch]
 
+    def loss_tokens(self, epoch: int, index: int) -> int:
+        start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
+        left = self.corpus.num_tokens - start
+        count = self._count_labels(start, min(start + self.seq_length, self.corpus.num_tokens))
+        if self.seq_length > left:  # token 0, which begins a document, is no label with loss
+            count += self._count_labels(0, self.seq_length - left)
+        return count
+
     def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
         start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
         if start + self.seq_length < self.corpus.num_tokens:
@@ -116,11 +143,18 @@ class PackedSource(Source):
             )
         self.num_windows = corpus.num_packs
 
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
+    def _span(self, index: int) -> tuple[int, int]:
+        """First and last (exclusive) token of a pack."""
         start, stop = map(self.corpus.document_start, self.corpus.pack(index))
         if not start < stop <= start + self.seq_length:
             raise UserError(f"{self.corpus.prefix}: pack {index} has {stop - start} tokens; prepare it again")
-        return self._read_span(start, stop, tokens, labels)
+        return start, stop
+
+    def loss_tokens(self, epoch: int, index: int) -> int:
+        return self._count_labels(*self._span(index))
+
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
+        return self._read_span(*self._span(index), tokens, labels)
 
 
 class SequentialSource(Source):
@@ -130,9 +164,15 @@ class SequentialSource(Source):
         super().__init__(name, corpus, seq_length)
         self.num_windows = -(-(corpus.num_tokens - 1) // seq_length)
 
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
+    def _span(self, index: int) -> tuple[int, int]:
         start = index * self.seq_length
-        return self._read_span(start, min(start + self.seq_length, self.corpus.num_tokens), tokens, labels)
+        return start, min(start + self.seq_length, self.corpus.num_tokens)
+
+    def loss_tokens(self, epoch: int, index: int) -> int:
+        return self._count_labels(*self._span(index))
+
+    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
+        return self._read_span(*self._span(index), tokens, labels)
 
 
 def _repack_command(corpus: Corpus, seq_length: int) -> str:

@@ -105,6 +105,7 @@ def check(source: Source, epoch: int, index: int, stream: list[tuple[int, int, b
     tokens, labels, documents = oracle(stream, source.seq_length)
     assert window.tokens.tolist() == tokens
     assert window.labels.tolist() == labels
+    assert source.loss_tokens(epoch, index) == sum(label != -100 for label in labels)
     assert window.lengths.tolist() == documents
     assert window.tokens.dtype == window.labels.dtype == np.int64
 
