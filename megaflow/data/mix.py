@@ -6,6 +6,7 @@ is one residual per group and source and one count per source; a resume continue
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from megaflow.data import order
 from megaflow.data.counts import CountRule, Progress, StepCounts
-from megaflow.data.groups import GroupSpec, Mix, SourceSpec, check_names, check_size
+from megaflow.data.groups import GroupSpec, Mix, SourceSpec
 from megaflow.data.plan import Deck, StepPlan
+from megaflow.data.sampler_state import read_state, write_state
 from megaflow.data.schedule import CompiledSchedule
 from megaflow.errors import UserError
 
@@ -165,7 +167,26 @@ class Sampler:
             digest=self.digest,
             corrections=counts.corrections,
             seed=self.seed,
+            after=self._progress.copy(),
         )
+
+    def fork(self) -> Sampler:
+        """Another sampler at this one's place, to plan ahead with in another thread while this one stays."""
+        other = copy.copy(self)
+        other._mixes, other._progress = self._mixes.copy(), self._progress.copy()
+        other._rules = [replace(rule) for rule in self._rules]  # what they cache is then one thread's own
+        return other
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What the next plan follows from, in short: alike as long as a fork's plans are this sampler's too."""
+        return self.step, self.digest, len(self._mixes)
+
+    def follow(self, plan: StepPlan) -> None:
+        """Take the next step as a fork of this sampler planned it."""
+        if plan.step != self.step + 1:
+            raise ValueError(f"a plan of step {plan.step} does not follow step {self.step}")
+        self._progress, self.digest = plan.after.copy(), plan.digest
 
     def _advance(self, progress: Progress, steps: int) -> StepCounts:
         """Move `progress` on by `steps >= 1` steps, through every mix on the way; the counts of the last one."""
@@ -239,28 +260,7 @@ class Sampler:
         return {**self._state(self._progress), "digest": f"{self.digest:016x}"}
 
     def _state(self, progress: Progress) -> dict[str, Any]:
-        """The state over the groups and sources of the mix that `progress` is at."""
-        index = self._index(progress.step)
-        columns = zip(
-            progress.source_residuals.tolist(), progress.consumed.tolist(), self._known[index], self._specs, strict=True
-        )
-        states = {
-            spec.name: {
-                "name": spec.name,
-                "windows": spec.windows,
-                "documents": spec.documents,
-                "residual": residual,
-                "consumed": consumed,
-            }
-            for residual, consumed, known, spec in columns
-            if known
-        }
-        mine = self._mixes[index].groups
-        groups = [
-            {"name": group.name, "residual": residual, "sources": [states[source.name] for source in group.sources]}
-            for group, residual in zip(mine, progress.group_residuals[: len(mine)].tolist(), strict=True)
-        ]
-        return {"seed": self.seed, "step": progress.step, "groups": groups}
+        return write_state(self.seed, progress, self._mixes[self._index(progress.step)].groups, self._specs)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, with the mix that this sampler has for the next step.
@@ -270,31 +270,7 @@ class Sampler:
         Raises:
             UserError: another seed, or a group or source that is missing, moved or of another size.
         """
-        try:
-            progress, digest = self._read_state(state)
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"sampler state: not readable ({type(error).__name__}: {error})") from error
-        self._progress, self.digest = progress, digest
-
-    def _read_state(self, state: dict[str, Any]) -> tuple[Progress, int]:
-        if int(state["seed"]) != self.seed:
-            raise UserError(
-                f"sampler state: the run was started with seed {state['seed']}, not {self.seed}: restore it"
-            )
-        check_names("group", [group["name"] for group in state["groups"]], [group.name for group in self.groups])
-        progress = Progress.start(len(self.groups), len(self.sources))
-        progress.step = int(state["step"])
-        first = 0
-        for g, (saved, group) in enumerate(zip(state["groups"], self.groups, strict=False)):
-            names = [source.name for source in group.sources]
-            check_names(f"source of group {group.name}", [source["name"] for source in saved["sources"]], names)
-            progress.group_residuals[g] = saved["residual"]
-            for k, (old, source) in enumerate(zip(saved["sources"], group.sources, strict=False), start=first):
-                check_size(source, old["windows"], old["documents"])
-                progress.source_residuals[k] = old["residual"]
-                progress.consumed[k] = old["consumed"]
-            first += len(group.sources)
-        return progress, int(state["digest"], 16)
+        self._progress, self.digest = read_state(state, self.seed, self.groups)
 
 
 def _hash64(data: bytes) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaflow.data import order
+from megaflow.data.counts import Progress
 from megaflow.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -38,6 +39,7 @@ class StepPlan:
         digest: of every plan up to this one; `f"{digest:016x}"` is its usual form.
         corrections: sequences that the safety valve moved between groups or sources.
         seed: of the run; it rotates the dealing.
+        after: how far the run has come with this step.
     """
 
     step: int
@@ -49,6 +51,7 @@ class StepPlan:
     digest: int
     corrections: int
     seed: int
+    after: Progress
 
     def hand(self, dp: int, micro_batches: int, dp_rank: int) -> list[Ints]:
         """The cards of one data-parallel rank, by micro-batch: ascending card indices.
