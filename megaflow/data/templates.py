@@ -6,15 +6,15 @@ the example's own text, so it never depends on order, number of processes or run
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import xxhash
 
-from megaflow.data.readers import BadRecord, Format
+from megaflow.data.readers import Format
+from megaflow.data.records import read_conversation, read_texts
 from megaflow.errors import UserError
 
 Kind = Literal["text", "parallel", "instruction"]
@@ -28,10 +28,13 @@ PRESETS = {
 """`tab` and `chatflow`: the formats of "Dynamic data sampler for cross-language transfer learning in large language
 models" (ChatFlow)."""
 DEFAULT_TEMPLATE = {"parallel": "tab", "instruction": "chatflow"}
+PLAIN = "{instruction}\n{input}\n{output}"
 HELDOUT, DIRECTION, TEMPLATED = 1, 2, 3
 """Hash seeds: one independent choice each."""
 NAMES = {"text": ("text",), "parallel": ("source", "target"), "instruction": ("instruction", "input", "output")}
 _SLOT = re.compile(r"\{(\w+)\}")
+_INPUT = re.compile(r"\s?\{input\}")
+"""With its separator, which goes where there is no input."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,14 @@ class ExampleFormat:
     """How records of one kind become documents.
 
     Args:
-        fields: name in the file of each of the kind's fields, in the order of `NAMES`.
+        fields: name in the file of each of the kind's fields, in the order of `NAMES`; of instructions also one name
+            alone, of a list of turns.
         template: of `PRESETS`, or a string with the kind's fields in braces. The direction of a pair is
-            chosen per example for the presets, a string is written as it stands.
-        loss: "all", or "response" for the last field (and what follows it) alone; the text before it is then tokenised
-            separately, as a prompt is at generation.
+            chosen per example for the presets, a string is written as it stands. A conversation is the template once
+            for each answer: a preset on lines of their own, a string back to back, the system prompt on a line before.
+        loss: "all", or "response" for the last field (and what follows it in the template) alone, in a conversation
+            for each of the assistant's turns; the text before it is then tokenised separately, as a prompt is at
+            generation.
         plain_fraction: share of instruction examples written as their fields on lines of their own, no template.
     """
 
@@ -81,13 +87,21 @@ class ExampleFormat:
         Raises:
             BadRecord: it is not of the form expected.
         """
-        values = _values(record, format, self.fields, optional=self.fields[1:2] if self.kind == "instruction" else ())
+        if self.turns:
+            talk = read_conversation(record, format, self.fields[0])
+            turns = [{"instruction": text, "input": "", "output": answer} for text, answer in talk.exchanges]
+            return self._instruction(turns, talk.system)
+        optional = self.fields[1:2] if self.kind == "instruction" else ()
+        values = read_texts(record, format, self.fields, optional)
         named = dict(zip(NAMES[self.kind], values, strict=True))
         if self.kind == "text":
             return Example((Segment(named["text"]),), named["text"])
-        if self.kind == "parallel":
-            return self._pair(named)
-        return self._instruction(named)
+        return self._pair(named) if self.kind == "parallel" else self._instruction([named])
+
+    @property
+    def turns(self) -> bool:
+        """Whether records are conversations."""
+        return self.kind == "instruction" and len(self.fields) == 1
 
     def _pair(self, named: dict[str, str]) -> Example:
         key = named["source"]
@@ -95,74 +109,43 @@ class ExampleFormat:
         if self.template in PRESETS and chosen(key, DIRECTION, 0.5):
             named["source"], named["target"] = named["target"], named["source"]
             named["source_label"], named["target_label"] = named["target_label"], named["source_label"]
-        return self._fill(PRESETS.get(self.template, self.template), named, "target", key)
+        template = PRESETS.get(self.template, self.template)
+        return Example(self._segments(_fill(template, named, "target")), key)
 
-    def _instruction(self, named: dict[str, str]) -> Example:
-        key = f"{named['instruction']}\n{named['input']}"
-        if chosen(key, TEMPLATED, self.plain_fraction):
-            template = "{instruction}\n{input}\n{output}"
-        else:
-            template = PRESETS.get(self.template, self.template)
-        if not named["input"]:  # leave its separator out too
-            template = re.sub(r"\s?\{input\}", "", template)
-        return self._fill(template, named, "output", key)
+    def _instruction(self, turns: Sequence[Mapping[str, str]], system: str = "") -> Example:
+        key = f"{turns[0]['instruction']}\n{turns[0]['input']}"
+        plain = chosen(key, TEMPLATED, self.plain_fraction)
+        template = PLAIN if plain else PRESETS.get(self.template, self.template)
+        between = "\n" if plain or self.template in PRESETS else ""
+        parts: list[Segment] = []
+        before = f"{system}\n" if system.strip() else ""
+        for named in turns:
+            parts += _fill(template if named["input"] else _INPUT.sub("", template), named, "output", before)
+            before = between
+        return Example(self._segments(parts), key)
 
-    def _fill(self, template: str, named: Mapping[str, str], response: str, key: str) -> Example:
-        before, _, after = template.partition("{" + response + "}")
-        prompt, answer = _substitute(before, named), named[response] + _substitute(after, named)
+    def _segments(self, parts: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Parts of a document as they are tokenised: together where the loss covers all of them."""
         if self.loss == "all":
-            return Example((Segment(prompt + answer),), key)
-        return Example((Segment(prompt, loss=False), Segment(answer)), key)
+            return (Segment("".join(part.text for part in parts)),)
+        return tuple(parts)
+
+
+def _fill(template: str, named: Mapping[str, str], response: str, before: str = "") -> tuple[Segment, Segment]:
+    """`before` and a template filled in, up to the response and from it on."""
+    prompt, _, after = template.partition("{" + response + "}")
+    return (
+        Segment(before + _substitute(prompt, named), loss=False),
+        Segment(named[response] + _substitute(after, named)),
+    )
 
 
 def _substitute(template: str, named: Mapping[str, str]) -> str:
     return _SLOT.sub(lambda slot: named[slot[1]], template)
 
 
-def _values(record: Any, format: Format, fields: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
-    """The fields of a record, each a non-empty string that UTF-8 can hold."""
-    if format in ("lines", "document"):
-        record = {fields[0]: _text(record)}
-    elif format == "jsonl":
-        try:
-            record = json.loads(_text(record))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, BadRecord):
-                raise
-            raise BadRecord("not JSON") from error
-        if not isinstance(record, dict):
-            raise BadRecord("not a JSON object")
-    values = []
-    for field in fields:
-        value = record.get(field)
-        if value is None and field in optional:
-            value = ""
-        if value is None:
-            raise BadRecord(f"no field {field}")
-        if not isinstance(value, str):
-            raise BadRecord(f"field {field} is not a string")
-        if not value.strip() and field not in optional:
-            raise BadRecord(f"field {field} is empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord(f"field {field} holds half a surrogate pair") from error
-        values.append(value)
-    return values
-
-
-def _text(line: bytes) -> str:
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8") from error
-    if not text.strip():
-        raise BadRecord("empty line")
-    return text
-
-
-def check_template(kind: Kind, template: str) -> None:
-    """Refuse a template that does not fit the kind.
+def check_template(kind: Kind, template: str, turns: bool = False) -> None:
+    """Refuse a template that does not fit the kind; `turns`: of instructions that are conversations.
 
     Raises:
         UserError: an unknown preset or field, or a field that is missing or given twice.
@@ -175,12 +158,13 @@ def check_template(kind: Kind, template: str) -> None:
     if template in presets:
         return
     slots = _SLOT.findall(template)
-    known = (*NAMES[kind], "source_label", "target_label") if kind == "parallel" else NAMES[kind]
+    names = tuple(name for name in NAMES[kind] if not (turns and name == "input"))
+    known = (*names, "source_label", "target_label") if kind == "parallel" else names
     unknown = next((slot for slot in slots if slot not in known), None)
     if unknown is not None:
-        raise UserError(f"--template {template!r}: no field {unknown}; --kind {kind} has {', '.join(known)}")
-    required = [name for name in NAMES[kind] if name != "input"]
-    wrong = next((name for name in required if slots.count(name) != 1), None)
+        what = "--turns-field" if turns else f"--kind {kind}"
+        raise UserError(f"--template {template!r}: no field {unknown}; {what} has {', '.join(known)}")
+    wrong = next((name for name in names if name != "input" and slots.count(name) != 1), None)
     if wrong is not None or slots.count("input") > 1:
         raise UserError(
             f"--template {template!r}: needs {{{wrong or 'input'}}} exactly once; or one of: {', '.join(presets)}"

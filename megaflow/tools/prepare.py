@@ -60,12 +60,20 @@ def prepare(
     instruction_field: Annotated[str, typer.Option(help="Field of an instruction.")] = "instruction",
     input_field: Annotated[str, typer.Option(help="Field of its input, which may be missing.")] = "input",
     output_field: Annotated[str, typer.Option(help="Field of the response.")] = "output",
+    turns_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Instructions that are conversations: the field with the list of turns, each {role, content} or "
+            "{from, value}.",
+        ),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
             help="Pairs: 'tab' (default) or 'labelled', the direction chosen per pair by hash, or a string with "
             "{source} and {target}. Instructions: 'chatflow' (default) or a string with {instruction}, {input} "
-            "and {output}."
+            "and {output}; conversations repeat it for each answer, without {input}."
         ),
     ] = None,
     plain_fraction: Annotated[
@@ -94,7 +102,9 @@ def prepare(
     from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
 
     template = template if template is not None else DEFAULT_TEMPLATE.get(kind.value, "")
-    check_template(kind.value, template)
+    if turns_field is not None and kind is not KindChoice.instruction:
+        raise UserError(f"--turns-field is for --kind instruction, not {kind.value}")
+    check_template(kind.value, template, turns_field is not None)
     if (seq_length is None) != (kind is KindChoice.text):
         raise UserError(
             f"--kind {kind.value} {'needs' if seq_length is None else 'takes no'} --seq-length: "
@@ -108,7 +118,9 @@ def prepare(
     fields = {
         KindChoice.text: (text_field,),
         KindChoice.parallel: (source_field, target_field),
-        KindChoice.instruction: (instruction_field, input_field, output_field),
+        KindChoice.instruction: (turns_field,)
+        if turns_field is not None
+        else (instruction_field, input_field, output_field),
     }[kind]
     if len(set(fields)) != len(fields):
         raise UserError(f"--kind {kind.value}: the fields {', '.join(fields)} are not all different")
