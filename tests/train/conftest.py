@@ -58,28 +58,29 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in records}
 
 
+def tiny_config(corpora: dict[str, Path], run_dir: Path, **changes: Any) -> Config:
+    """A config over the corpora with dotted changes, as `train__steps=5`."""
+    groups = {key: {"sources": {f"{key}_source": {"path": str(path)}}} for key, path in corpora.items()}
+    mixes = ([0.5, 0.1, 0.4, 0.0], [0.1, 0.4, 0.2, 0.3])
+    initial, final = (dict(zip(groups, mix, strict=True)) for mix in mixes)
+    schedule = {"clock": "steps", "initial": initial, "final": final, "grow": 8}
+    tree: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4},
+        "data": {"tokenizer": str(TOKENIZER), "seq_length": SEQ_LENGTH, "groups": groups, "schedule": schedule},
+        "train": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "log_samples": True},
+        "optim": {"lr": 3e-3, "warmup_steps": 2},
+        "checkpoint": {"interval": 4},
+    }
+    tree["train"]["tensorboard"] = False
+    tree["train"]["peak_tflops"] = 1.0
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        tree.setdefault(section, {})[leaf] = value
+    return parse_config(tree, run_dir.name)
+
+
 @pytest.fixture
 def make_config(corpora: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
     """A function from a run's name and dotted changes to its config."""
-
-    def make(name: str, **changes: Any) -> Config:
-        groups = {key: {"sources": {f"{key}_source": {"path": str(path)}}} for key, path in corpora.items()}
-        mixes = ([0.5, 0.1, 0.4, 0.0], [0.1, 0.4, 0.2, 0.3])
-        initial, final = (dict(zip(groups, mix, strict=True)) for mix in mixes)
-        schedule = {"clock": "steps", "initial": initial, "final": final, "grow": 8}
-        tree: dict[str, Any] = {
-            "run_dir": str(tmp_path / name),
-            "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4},
-            "data": {"tokenizer": str(TOKENIZER), "seq_length": SEQ_LENGTH, "groups": groups, "schedule": schedule},
-            "train": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "log_samples": True},
-            "optim": {"lr": 3e-3, "warmup_steps": 2},
-            "checkpoint": {"interval": 4},
-        }
-        tree["train"]["tensorboard"] = False
-        tree["train"]["peak_tflops"] = 1.0
-        for key, value in changes.items():
-            section, _, leaf = key.partition("__")
-            tree.setdefault(section, {})[leaf] = value
-        return parse_config(tree, name)
-
-    return make
+    return lambda name, **changes: tiny_config(corpora, tmp_path / name, **changes)
