@@ -140,6 +140,10 @@ class DataConfig(Section):
     """Checksums of the corpora: none, each 16 MiB block before its first use, or everything at launch."""
     digest_interval: Positive = 100
     """Steps between two comparisons of the ranks' plans, and two looks at ledger.json for a changed mix."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 2
+    """Threads of each rank that read ahead, and one that plans; 0: the training thread does both between steps."""
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+    """Steps prepared ahead, in host memory of 24 bytes a token each, where there are workers."""
     document_boundaries: bool = True
     """Attention and positions restart at each document; false: plain causal attention over the whole sequence."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from megaflow.data.mix import Sampler
-from megaflow.data.packing import Int64Array, cumulative_lengths, fill_positions
-from megaflow.data.plan import StepPlan, count_micro_batches
+from megaflow.data.packing import cumulative_lengths, fill_positions
+from megaflow.data.plan import Ints, StepPlan, count_micro_batches
+from megaflow.data.prefetch import Prefetcher
 from megaflow.data.sources import Source
 
 Card = tuple[int, int, int]
@@ -40,9 +43,17 @@ class Batch:
     cards: list[Card]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; from pinned memory the copies need not be waited for."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The same batch with its tensors in pinned memory; those that are stay."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         names = ("tokens", "labels", "positions", "cu_seqlens", "sources")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def make_batch(
@@ -50,7 +61,7 @@ def make_batch(
     flat: Sequence[int],
     cards: list[Card],
     document_boundaries: bool,
-    memory: Int64Array | None = None,
+    memory: torch.Tensor | None = None,
 ) -> Batch:
     """Fetch the windows of `cards`, card i from `sources[flat[i]]`, into `memory` [3, B, S] if given.
 
@@ -58,7 +69,8 @@ def make_batch(
     cross from one document into the next.
     """
     shape = (len(cards), sources[flat[0]].seq_length)
-    tokens, labels, positions = np.empty((3, *shape), dtype=np.int64) if memory is None else memory
+    tensors = torch.empty((3, *shape), dtype=torch.int64) if memory is None else memory
+    tokens, labels, positions = tensors.numpy()
     documents = [
         sources[source].read(epoch, index, tokens[row], labels[row])
         for row, (source, (_, epoch, index)) in enumerate(zip(flat, cards, strict=True))
@@ -67,9 +79,9 @@ def make_batch(
     cu_seqlens = cumulative_lengths(lengths)
     fill_positions(cu_seqlens, positions.reshape(-1))
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(positions),
+        tokens=tensors[0],
+        labels=tensors[1],
+        positions=tensors[2],
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(lengths.max()),
         sources=torch.tensor(flat, dtype=torch.int64),
@@ -80,12 +92,20 @@ def make_batch(
 class Loader:
     """One data-parallel rank's micro-batches, step by step, as the sampler plans them.
 
+    Steps are prepared ahead by threads, from a fork of the sampler: the sampler itself is always at the step handed out
+    last. Where it is changed or moved meanwhile, what was prepared is dropped and planned again from where it stands.
+    Use as a context manager, or `close`, where there are workers.
+
     Args:
         sampler: the plan; advanced by each `next_step`.
         sources: every source of the run, in the sampler's flat order.
         dp, dp_rank: data-parallel size and rank.
-        micro_batch_size: sequences per micro-batch; `dp * micro_batch_size` divides the sampler's batch size.
+        micro_batch_size: sequences per micro-batch; `dp * micro_batch_size` divides each step's batch size.
         document_boundaries: whether attention and positions restart at documents.
+        workers: threads that read; 0 plans and reads in `next_step`, without threads.
+        prefetch: steps prepared ahead where there are workers.
+        last_step: nothing is prepared beyond it.
+        pinned: whether tensors are in pinned memory, from which a GPU copies while others work; needs CUDA.
     """
 
     def __init__(
@@ -96,30 +116,73 @@ class Loader:
         dp_rank: int,
         micro_batch_size: int,
         document_boundaries: bool = True,
+        workers: int = 0,
+        prefetch: int = 2,
+        last_step: int | None = None,
+        pinned: bool = False,
     ) -> None:
         self.sampler = sampler
         self.sources = sources
         self.dp = dp
         self.dp_rank = dp_rank
-        self.micro_batches = count_micro_batches(sampler.batch_size, dp, micro_batch_size)
+        self.micro_batch_size = micro_batch_size
         self.document_boundaries = document_boundaries
+        self.workers = workers
+        self.prefetch = prefetch
+        self.last_step = last_step
+        self.pinned = pinned
+        self._prefetcher: Prefetcher[StepPlan, Batch] | None = None
+        self._place: tuple[int, int, int] | None = None
 
     def next_step(self) -> tuple[StepPlan, list[Batch]]:
-        """Plan the next step and fetch this rank's micro-batches of it."""
-        plan = self.sampler.plan()
-        hands = plan.hand(self.dp, self.micro_batches, self.dp_rank)
+        """The next step's plan and this rank's micro-batches of it.
+
+        Raises:
+            UserError: the ranks cannot share this step's batch, or data of this step are damaged. The sampler then
+                stays at the step before, and the loader is closed.
+        """
+        step = self.sampler.step + 1
+        if self._prefetcher is None or self.sampler.place != self._place:
+            self.close()
+            self._prefetcher = Prefetcher(self.sampler.fork().plan, self._parts, self.workers)
+        try:
+            ahead = self.prefetch if self.last_step is None else min(self.prefetch, self.last_step - step)
+            plan, batches = self._prefetcher.next(ahead)
+        except BaseException:
+            self.close()
+            raise
+        self.sampler.follow(plan)
+        self._place = self.sampler.place
+        return plan, batches
+
+    def _parts(self, plan: StepPlan) -> list[Callable[[], Batch]]:
+        """What there is to do for a planned step: a call for each micro-batch."""
+        batch_size = len(plan.deck.window)
+        hands = plan.hand(self.dp, count_micro_batches(batch_size, self.dp, self.micro_batch_size), self.dp_rank)
         # one allocation for the whole step: the allocator keeps it for the next one, where of many small ones it gives
         # some back to the system, and page faults then take longer than the reading
-        shape = (len(hands), 3, len(hands[0]), self.sources[0].seq_length)
-        return plan, [
-            self._batch(plan, hand, memory) for hand, memory in zip(hands, np.empty(shape, dtype=np.int64), strict=True)
-        ]
+        shape = (len(hands), 3, self.micro_batch_size, self.sources[0].seq_length)
+        step_memory = torch.empty(shape, dtype=torch.int64, pin_memory=self.pinned)
+        return [partial(self._batch, plan, hand, memory) for hand, memory in zip(hands, step_memory, strict=True)]
 
-    def _batch(self, plan: StepPlan, hand: np.ndarray, memory: Int64Array) -> Batch:
+    def _batch(self, plan: StepPlan, hand: Ints, memory: torch.Tensor) -> Batch:
         deck = plan.deck
         flat = deck.source[hand].tolist()
         cards = list(zip(hand.tolist(), deck.epoch[hand].tolist(), deck.window[hand].tolist(), strict=True))
-        return make_batch(self.sources, flat, cards, self.document_boundaries, memory)
+        batch = make_batch(self.sources, flat, cards, self.document_boundaries, memory)
+        return batch.pin() if self.pinned else batch
+
+    def close(self) -> None:
+        """Ends the threads; a further `next_step` starts others."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def heldout_batches(

@@ -91,12 +91,10 @@ def train(run: Run, ctx: ParallelContext) -> None:
 
     report = begin(run, state, ctx)
     samples = SampleLog(run.dir, sampler.step, ctx) if config.train.log_samples and ctx.tp_rank == 0 else None
-    digests, stopping, batch_size = DigestCheck(ctx), False, 0
-    with closing(report):
+    digests, stopping = DigestCheck(ctx), False
+    with closing(report), make_loader(run, ctx) as loader:
         while sampler.step < config.train.steps and not stopping:
             start = time.perf_counter()
-            if sampler.batch_size != batch_size:  # it may change with the mix
-                loader, batch_size = make_loader(run, ctx), sampler.batch_size
             plan, batches = loader.next_step()
             digests.add(plan.step, plan.digest)
             batches = [batch.to(ctx.device) for batch in batches]
@@ -125,10 +123,20 @@ def train(run: Run, ctx: ParallelContext) -> None:
 
 
 def make_loader(run: Run, ctx: ParallelContext) -> Loader:
-    """This rank's batches of the steps ahead that have the next step's batch size."""
-    config = run.config
-    size, boundaries = config.train.micro_batch_size, config.data.document_boundaries
-    return Loader(run.sampler, run.sources, ctx.dp, ctx.dp_rank, size, boundaries)
+    """This rank's batches of the steps ahead; closed by whoever asks for it."""
+    config, data = run.config, run.config.data
+    return Loader(
+        run.sampler,
+        run.sources,
+        ctx.dp,
+        ctx.dp_rank,
+        config.train.micro_batch_size,
+        data.document_boundaries,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        last_step=config.train.steps,
+        pinned=ctx.device.type == "cuda",
+    )
 
 
 def _due(step: int, interval: int) -> bool:

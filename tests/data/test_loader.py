@@ -252,8 +252,8 @@ def test_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", [40])
     write_corpus(tmp_path / "b", [3], seq_length=10)
     sources = open_sources({"en": tmp_path / "a", "pairs": tmp_path / "b"}, 10, seed=1)
-    with pytest.raises(UserError, match="batch"):
-        Loader(make_sampler(sources, 8), sources, 3, 0, 1)
+    with pytest.raises(UserError, match="batch size 8 is not a multiple of 3"):
+        Loader(make_sampler(sources, 8), sources, 3, 0, 1).next_step()
 
 
 @pytest.mark.parametrize("seq_length", [None, 12])
