@@ -1,15 +1,19 @@
-"""How many sequences each group and source gives to a step: integer quotas with carried residuals, on two levels."""
+"""How many sequences each group and source gives to a step: integer quotas with carried residuals, on two levels.
+
+Where weights are shares of tokens with loss, `deficit` chooses instead of quotas.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaflow.data import native
+from megaflow.data.deficit import Shares
 from megaflow.data.schedule import CLOCKS, ONE, CompiledSchedule
 
 Ints = NDArray[np.int64]
@@ -59,6 +63,8 @@ def quota(batch: int, weights: Sequence[int], residuals: list[int]) -> tuple[lis
 class Progress:
     """How far a run has come: the step last planned, residuals in units of 1 / `ONE`, sequences consumed.
 
+    Residuals are sequences owed, or tokens with loss where weights are shares of those: below 2**63 for fewer than
+    2**31 / S groups, and sources in a group.
     `worst` is not part of the state: the largest absolute residual of each group after any step since the start.
     """
 
@@ -81,11 +87,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The counts of one step: `weights` and `groups` by group, `sources` by source over all groups."""
+    """The counts of one step: `weights` and `groups` by group, `sources` by source over all groups.
+
+    `total` is what the weights share out: its sequences, or its tokens with loss.
+    """
 
     weights: list[int]
     groups: list[int]
     sources: list[int]
+    total: int
     corrections: int
 
 
@@ -97,6 +107,7 @@ class CountRule:
         group_sizes: sources in each group.
         source_weights: each source's share of its group, in units of 1 / `ONE`.
         windows, documents: of each source, per epoch.
+        length: tokens with loss of a source's n-th sequence, where weights are shares of those.
     """
 
     schedule: CompiledSchedule
@@ -105,6 +116,7 @@ class CountRule:
     source_weights: Ints
     windows: Ints
     documents: Ints
+    length: Callable[[int, int], int] | None = None
 
     def clock(self, progress: Progress) -> int:
         """The schedule's clock before the next step."""
@@ -122,7 +134,7 @@ class CountRule:
         Returns:
             The counts of the last of these steps, with the corrections of all of them.
         """
-        library = native.library() if use_native else None
+        library = native.library() if use_native and self.length is None else None
         if library is not None:
             weights, groups = np.empty_like(self.group_sizes), np.empty_like(self.group_sizes)
             sources, step = np.empty_like(self.windows), np.array([progress.step], np.int64)
@@ -130,12 +142,14 @@ class CountRule:
             pointers = [array.ctypes.data for array in (*state, weights, groups, sources)]
             corrections = library.megaflow_advance(steps, batch, *self._native_arguments, *pointers)
             progress.step += steps
-            return StepCounts(weights.tolist(), groups.tolist(), sources.tolist(), corrections)
+            return StepCounts(weights.tolist(), groups.tolist(), sources.tolist(), batch, corrections)
         corrections = 0
         for _ in range(steps):
-            last = self._advance_python(progress, batch)
+            last = (
+                self._advance_python(progress, batch) if self.length is None else self._advance_tokens(progress, batch)
+            )
             corrections += last.corrections
-        return StepCounts(last.weights, last.groups, last.sources, corrections)
+        return replace(last, corrections=corrections)
 
     def _advance_python(self, progress: Progress, batch: int) -> StepCounts:
         """Twin of one step of `megaflow_advance`."""
@@ -156,7 +170,27 @@ class CountRule:
         progress.source_residuals[:] = source_residuals
         progress.consumed += np.array(sources, np.int64)
         progress.step += 1
-        return StepCounts(weights, groups, sources, corrections)
+        return StepCounts(weights, groups, sources, batch, corrections)
+
+    def _advance_tokens(self, progress: Progress, batch: int) -> StepCounts:
+        """One step where weights are shares of tokens with loss."""
+        assert self.length is not None
+        ends = np.cumsum(self.group_sizes)[:-1]
+        weights, credits = self.schedule.weights(self.clock(progress)), progress.group_residuals.tolist()
+        source_weights, source_credits = (
+            [part.tolist() for part in np.split(column, ends)]
+            for column in (self.source_weights, progress.source_residuals)
+        )
+        consumed: list[int] = progress.consumed.tolist()
+        total = Shares(weights, credits, source_weights, source_credits).fill(batch, consumed, self.length)
+        counts = np.array(consumed, np.int64) - progress.consumed
+        groups = [int(part.sum()) for part in np.split(counts, ends)]
+        progress.group_residuals[:] = credits
+        np.maximum(progress.worst, np.abs(progress.group_residuals), out=progress.worst)
+        progress.source_residuals[:] = np.concatenate(source_credits)
+        progress.consumed += counts
+        progress.step += 1
+        return StepCounts(weights, groups, counts.tolist(), total, 0)
 
     @cached_property
     def _native_arguments(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megaflow.data import order
 from megaflow.data.counts import CountRule, Progress, StepCounts
+from megaflow.data.deficit import Lengths, LossTokens
 from megaflow.data.groups import GroupSpec, Mix, SourceSpec
 from megaflow.data.plan import Deck, StepPlan
 from megaflow.data.sampler_state import read_state, write_state
@@ -43,6 +44,7 @@ class Sampler:
         groups: in the order of the schedule's weights; append-only within a run.
         schedule: group weights on a global clock.
         use_native: False selects the Python and numpy twins.
+        loss_tokens: counts a sequence's labels with loss; given, weights are shares of those, not of sequences.
 
     Raises:
         UserError: a seed or batch size out of range, a source without windows or two sources of one name.
@@ -57,12 +59,14 @@ class Sampler:
         groups: Sequence[GroupSpec],
         schedule: CompiledSchedule,
         use_native: bool = True,
+        loss_tokens: LossTokens | None = None,
     ) -> None:
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed} is outside 0 to 2**64 - 1")
         self.seed = seed
         self.seq_length = seq_length
         self.use_native = use_native
+        self.loss_tokens = loss_tokens
         self.digest = _hash64(seed.to_bytes(8, "little"))
         self._mixes = [Mix(1, batch_size, tuple(groups), schedule)]
         self._arrange()
@@ -98,6 +102,9 @@ class Sampler:
         self._keys = [order.name_key(spec.name) for spec in self._specs]
         self._group_of = np.repeat(np.arange(len(sizes)), sizes)
         self._place_of = np.concatenate([np.arange(size) for size in sizes])
+        windows, length = [spec.windows for spec in self._specs], None
+        if self.loss_tokens is not None:
+            length = Lengths(self.seed, self._keys, windows, self._flat.tolist(), self.loss_tokens)
         self._rules: list[CountRule] = []
         self._known: list[NDArray[np.bool_]] = []
         for mix in self._mixes:
@@ -110,8 +117,9 @@ class Sampler:
                     self.seq_length,
                     group_sizes=np.array(sizes, np.int64),
                     source_weights=np.array(weights, np.int64),
-                    windows=np.array([spec.windows for spec in self._specs], np.int64),
+                    windows=np.array(windows, np.int64),
                     documents=np.array([spec.documents for spec in self._specs], np.int64),
+                    length=length,
                 )
             )
 
@@ -165,6 +173,7 @@ class Sampler:
             counts=[counts.sources[end - len(g.sources) : end] for end, g in zip(ends, self.groups, strict=True)],
             deck=deck,
             digest=self.digest,
+            total=counts.total,
             corrections=counts.corrections,
             seed=self.seed,
             after=self._progress.copy(),

@@ -37,6 +37,7 @@ class StepPlan:
         counts: sequences of each source, by group.
         deck: the sequences themselves.
         digest: of every plan up to this one; `f"{digest:016x}"` is its usual form.
+        total: what the weights share out: the step's sequences, or its tokens with loss.
         corrections: sequences that the safety valve moved between groups or sources.
         seed: of the run; it rotates the dealing.
         after: how far the run has come with this step.
@@ -49,6 +50,7 @@ class StepPlan:
     counts: list[list[int]]
     deck: Deck
     digest: int
+    total: int
     corrections: int
     seed: int
     after: Progress
