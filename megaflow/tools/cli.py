@@ -9,6 +9,7 @@ import typer
 from megaflow.errors import UserError
 from megaflow.tools.config import config
 from megaflow.tools.data import data
+from megaflow.tools.data_merge import merge
 from megaflow.tools.doctor import doctor
 from megaflow.tools.export import export
 from megaflow.tools.generate import generate
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (prepare, config, doctor, plot, generate, export):
     app.command()(command)
+data.command()(merge)
 app.add_typer(data, name="data")
 
 
