@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from megaflow.data.corpus import Corpus
 from megaflow.data.loader import Batch, Loader, heldout_batches, make_batch
-from megaflow.data.manifest import Manifest, TokenizerInfo
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.order import window_offset
-from megaflow.data.packing import pack
 from megaflow.data.schedule import ONE, Knot, compile_knots
 from megaflow.data.sources import (
     PackedSource,
@@ -30,55 +28,8 @@ from megaflow.data.sources import (
     open_source,
     open_sources,
 )
-from megaflow.data.writer import CorpusWriter
 from megaflow.errors import UserError
-from tests.data.corpora import add_document, finish, read_window
-
-EOS = 2
-TOKENIZER = TokenizerInfo(
-    library="sentencepiece", version="0", sha256="ab", probe="cd", vocab_size=999, bos_id=1, eos_id=EOS, path="t.model"
-)
-
-
-def write_corpus(
-    prefix: Path,
-    lengths: Sequence[int],
-    seq_length: int | None = None,
-    masked: bool = False,
-    tokenizer: TokenizerInfo = TOKENIZER,
-    command: str = "",
-    dtype: np.dtype | None = None,
-) -> list[tuple[int, int, bool]]:
-    """A corpus of the given document lengths, packed if a sequence length is given; returns (id, document, mask)s."""
-    packs = None
-    tokens: list[tuple[int, int, bool]] = []
-    order: Sequence[int] = range(len(lengths))
-    with CorpusWriter(prefix, dtype or np.dtype("<u2")) as writer:
-        if seq_length is not None:
-            inside, before = pack(np.array(lengths, dtype=np.int32), seq_length)
-            order, packs = inside.tolist(), len(before) - 1
-            writer.write_packs(seq_length, before)
-        for place, document in enumerate(order):
-            ids = [3 + (len(tokens) + i) % 900 for i in range(lengths[document])]
-            mask = [not masked or i % 3 != 1 for i in range(lengths[document])]
-            add_document(writer, ids, mask)
-            tokens += [(token, place, bit) for token, bit in zip(ids, mask, strict=True)]
-        manifest = Manifest(
-            kind="text" if seq_length is None else "parallel",
-            language="en",
-            documents=0,
-            tokens=0,
-            loss_tokens=0,
-            bytes=1,
-            loss_bytes=1,
-            tokenizer=tokenizer,
-            shuffle_seed=0,
-            seq_length=seq_length,
-            packs=packs,
-            command=command,
-        )
-        finish(writer, manifest)
-    return tokens
+from tests.data.corpora import EOS, TOKENIZER, read_window, write_corpus
 
 
 def oracle(stream: list[tuple[int, int, bool] | None], length: int) -> tuple[list[int], list[int], list[int]]:
@@ -107,7 +58,7 @@ def check(source: Source, epoch: int, index: int, stream: list[tuple[int, int, b
     assert window.labels.tolist() == labels
     assert source.loss_tokens(epoch, index) == sum(label != -100 for label in labels)
     assert window.lengths.tolist() == documents
-    assert window.tokens.dtype == window.labels.dtype == np.int64
+    assert window.tokens.dtype == window.labels.dtype == np.int32
 
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=2, max_size=12)
@@ -202,7 +153,7 @@ def test_a_batch_is_its_windows(tmp_path: Path) -> None:
     assert batch.cu_seqlens.dtype == torch.int32
     for name in ("tokens", "labels", "positions"):
         assert getattr(batch, name).shape == (3, 10)
-        assert getattr(batch, name).dtype == torch.int64
+        assert getattr(batch, name).dtype == torch.int32
 
     causal = make_batch(sources, flat, cards, document_boundaries=False)
     assert causal.cu_seqlens.tolist() == [0, 10, 20, 30]
