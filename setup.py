@@ -39,7 +39,13 @@ setup(
     package_dir={"megaflow": "megaflow", "megaflow.kernels": "kernels"},
     ext_modules=[
         # optional: where no compiler is found, the numpy twins serve and the log says so
-        Extension("megaflow._host", HOST_SOURCES, extra_compile_args=["-O3", "-std=c++17"], optional=True)
+        Extension(
+            "megaflow._host",
+            HOST_SOURCES,
+            depends=["csrc/host.h"],
+            extra_compile_args=["-O3", "-std=c++17"],
+            optional=True,
+        )
     ],
     cmdclass={"build_ext": BuildHostLibrary},
 )

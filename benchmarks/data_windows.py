@@ -69,18 +69,18 @@ def open_both(folder: Path, seq_length: int) -> list[Source]:
 
 
 def megaflow_source(folder: Path, seq_length: int, batch: int) -> Contender:
-    """`Source.read` into arrays, windows in the sampler's order; documents as lengths, no positions."""
+    """`Source.read` into one array, windows in the sampler's order; documents as lengths."""
     source = open_both(folder, seq_length)[0]
     windows = order.perm_many(1, source.num_windows, np.arange(source.num_windows)).tolist()
-    tokens, labels = np.empty((batch, seq_length), np.int64), np.empty((batch, seq_length), np.int64)
+    memory = np.empty((3, batch, seq_length), np.int32)
     at = 0
 
     def fetch() -> Fetched:
         nonlocal at
         for row in range(batch):
-            source.read(0, windows[at % len(windows)], tokens[row], labels[row])
+            source.read(0, windows[at % len(windows)], memory[:, row])
             at += 1
-        return Fetched(tokens, labels, None)
+        return Fetched(*memory)
 
     return fetch
 

@@ -168,11 +168,12 @@ class Transformers:
         tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
+            labels = batch.labels.long()
             loss = self.model(
                 input_ids=batch.tokens,
                 position_ids=batch.positions if self.boundaries else None,
-                labels=batch.labels,
-                shift_labels=batch.labels,
+                labels=labels,
+                shift_labels=labels,
                 num_items_in_batch=tokens,
             ).loss
             loss.backward()

@@ -27,7 +27,7 @@ def reference(
     """Loss of every token, fp32 `[T]`, 0 where the label is -100.
 
     logits: `[T, V_local]`, the columns `vocab_start ...` of the whole vocabulary; columns from `valid_vocab` on are
-    padding and take no part. labels: `[T]`, ids of the whole vocabulary. group: the ranks that hold the other
+    padding and take no part. labels: integers `[T]`, ids of the whole vocabulary. group: the ranks that hold the other
     columns, in the order of the vocabulary; None where this rank has all of them.
 
     The backward pass overwrites logits by their gradient: another tensor of this size costs as much as the arithmetic.
@@ -48,7 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
         width = min(max(valid_vocab - vocab_start, 0), logits.shape[1])
         column = labels - vocab_start
         here = (column >= 0) & (column < width)
-        column = torch.where(here, column, 0)
+        column = torch.where(here, column, 0).long()  # scatter_add_ takes no other
         statistics = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
         for rows in _row_blocks(logits):
             statistics[:, rows] = _shard_statistics(logits[rows, :width], column[rows], here[rows])

@@ -12,6 +12,7 @@ All numbers are little-endian.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from bisect import bisect_right
 from pathlib import Path
@@ -19,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megaflow.data import native
 from megaflow.data.blocks import BlockFile, Verify
 from megaflow.data.manifest import Manifest, read_manifest
+from megaflow.data.packing import fill_window
 from megaflow.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -29,6 +32,7 @@ DTYPE_CODES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 UINT16_VOCABULARY = 65_500
 """Vocabularies below this size are stored in two bytes a token."""
 
+Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -71,6 +75,16 @@ class Corpus:
         self._ids = self._tokens.view(f"<u{dtype.itemsize}")  # of which a negative id is a large one
         self._mask = self._file("mask", verify) if "mask" in manifest.blocks else None
         self._packs = None if manifest.seq_length is None else self._file(pack_suffix(manifest.seq_length), verify)
+        self._stream = native.Stream(
+            self._bin.bytes.ctypes.data,
+            self._index.bytes.ctypes.data + self._offsets_at,
+            None if self._mask is None else self._mask.bytes.ctypes.data,
+            self._itemsize,
+            self.num_tokens,
+            documents,
+            manifest.tokenizer.vocab_size,
+            manifest.tokenizer.eos_id,
+        )
 
     @classmethod
     def open(cls, prefix: str | Path, verify: Verify = "lazy") -> Corpus:
@@ -149,22 +163,63 @@ class Corpus:
         self._check_offsets(document, document + 1)
         return self._offsets[document] // self._itemsize
 
-    def starts_within(self, start: int, stop: int) -> Int64Array:
+    def starts_within(self, start: int, stop: int, use_native: bool = True) -> Int64Array:
         """[D] where documents start in tokens `start + 1 .. stop` (inclusive), relative to `start`, ascending.
 
         The end of the stream counts as a start, as it is on a ring. Found by binary search: whichever offsets it
         passes, what it ends at is right if the blocks around it are.
         """
+        library = native.library() if use_native else None
+        if library is not None:
+            found, at = np.empty(stop - start + 1, dtype=np.int64), ctypes.c_int64()
+            stream = ctypes.byref(self._stream)
+            count = library.megaflow_starts(stream, start, stop, native.address(found), ctypes.byref(at))
+            if count >= 0:
+                self._check_around(at.value, at.value + count)
+                return found[:count]
         size = self._itemsize
         first = bisect_right(self._offsets, start * size)
         last = bisect_right(self._offsets, stop * size, first, min(first + stop - start, self.num_documents))
-        self._check_offsets(max(0, first - 1), min(last + 1, self.num_documents))
+        self._check_around(first, last)
         starts = (np.frombuffer(self._offsets[first:last], dtype="<i8") >> (size >> 1)) - start  # size is 2 or 4
         if stop == self.num_tokens:
             starts = np.append(starts, stop - start)
         if first == 0 or (len(starts) and (starts[0] < 1 or (starts[1:] <= starts[:-1]).any())):
             raise UserError(f"{self._index.path}: the offsets near document {first} do not increase; prepare it again")
         return starts
+
+    def fill(self, start: int, stop: int, window: Int32Array, use_native: bool = True) -> Int64Array:
+        """Fill `window` [3, S] from tokens `start .. stop - 1`, at most S: its rows are tokens, labels and positions.
+
+        What they leave is padding: end-of-sequence tokens, one more document. Labels are the next tokens, -100 where
+        there is no loss, at the end of each document and on padding; positions restart with each document. The rows of
+        `window` are contiguous. Documents end where a corpus does, so a window over the end of one and on from the
+        start of another is two calls, on two parts of it.
+
+        Returns:
+            [D] lengths of the documents, padding last.
+        """
+        end = min(stop + 1, self.num_tokens)
+        library = native.library() if use_native else None
+        if library is not None:
+            self._bin.check(start * self._itemsize, end * self._itemsize)
+            if self._mask is not None:
+                self._mask.check(start // 8, (end + 7) // 8)
+            size, stride = window.shape[1], window.strides[0] // window.itemsize
+            lengths, at = np.empty(size + 2, dtype=np.int64), ctypes.c_int64()
+            stream, arrays = ctypes.byref(self._stream), (native.address(window[0]), native.address(lengths))
+            count = library.megaflow_fill(stream, start, stop, size, stride, *arrays, ctypes.byref(at))
+            if count >= 0:
+                self._check_around(at.value, at.value + count)
+                return lengths[:count]
+        ids = self.tokens(start, end)
+        mask = self.loss_mask(start, end) if self.has_mask else None
+        starts = self.starts_within(start, stop, use_native)
+        return fill_window(ids, mask, starts, stop - start, self.manifest.tokenizer.eos_id, window)
+
+    def _check_around(self, first: int, last: int) -> None:
+        """Check the offsets of documents `first .. last - 1` and of one on either side."""
+        self._check_offsets(max(0, first - 1), min(last + 1, self.num_documents))
 
     def _check_offsets(self, first: int, last: int) -> None:
         self._index.check(self._offsets_at + 8 * first, self._offsets_at + 8 * last)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megaflow.data.mix import Sampler
-from megaflow.data.packing import cumulative_lengths, fill_positions
+from megaflow.data.packing import cumulative_lengths
 from megaflow.data.plan import Ints, StepPlan, count_micro_batches
 from megaflow.data.prefetch import Prefetcher
 from megaflow.data.sources import Source
@@ -25,9 +25,9 @@ class Batch:
     """One micro-batch of B sequences of S tokens.
 
     Attributes:
-        tokens: [B, S] int64.
-        labels: [B, S] int64, the next token, -100 where there is no loss.
-        positions: [B, S] int64, restarting at each document.
+        tokens: [B, S] int32.
+        labels: [B, S] int32, the next token, -100 where there is no loss.
+        positions: [B, S] int32, restarting at each document.
         cu_seqlens: [D + 1] int32, document boundaries over the flattened B * S tokens.
         max_seqlen: longest of those documents, in tokens.
         sources: [B] int64, flat source index of each sequence.
@@ -68,16 +68,19 @@ def make_batch(
     Without `document_boundaries`, each window counts as one document for attention and positions; labels still never
     cross from one document into the next.
     """
-    shape = (len(cards), sources[flat[0]].seq_length)
-    tensors = torch.empty((3, *shape), dtype=torch.int64) if memory is None else memory
-    tokens, labels, positions = tensors.numpy()
+    size = sources[flat[0]].seq_length
+    tensors = torch.empty((3, len(cards), size), dtype=torch.int32) if memory is None else memory
+    windows = tensors.numpy()
     documents = [
-        sources[source].read(epoch, index, tokens[row], labels[row])
+        sources[source].read(epoch, index, windows[:, row])
         for row, (source, (_, epoch, index)) in enumerate(zip(flat, cards, strict=True))
     ]
-    lengths = np.concatenate(documents) if document_boundaries else np.full(shape[0], shape[1], dtype=np.int64)
+    if document_boundaries:
+        lengths = np.concatenate(documents)
+    else:
+        lengths = np.full(len(cards), size, dtype=np.int64)
+        windows[2] = np.arange(size)
     cu_seqlens = cumulative_lengths(lengths)
-    fill_positions(cu_seqlens, positions.reshape(-1))
     return Batch(
         tokens=tensors[0],
         labels=tensors[1],
@@ -162,7 +165,7 @@ class Loader:
         # one allocation for the whole step: the allocator keeps it for the next one, where of many small ones it gives
         # some back to the system, and page faults then take longer than the reading
         shape = (len(hands), 3, self.micro_batch_size, self.sources[0].seq_length)
-        step_memory = torch.empty(shape, dtype=torch.int64, pin_memory=self.pinned)
+        step_memory = torch.empty(shape, dtype=torch.int32, pin_memory=self.pinned)
         return [partial(self._batch, plan, hand, memory) for hand, memory in zip(hands, step_memory, strict=True)]
 
     def _batch(self, plan: StepPlan, hand: Ints, memory: torch.Tensor) -> Batch:

@@ -1,4 +1,4 @@
-"""Array work shared by sources and preparation: packs, document boundaries, labels, positions."""
+"""Array work shared by corpora and preparation: packs, labels, positions, document boundaries."""
 
 from __future__ import annotations
 
@@ -28,15 +28,41 @@ def pack(lengths: npt.NDArray[np.int32], capacity: int) -> tuple[Int64Array, Int
     return order.astype(np.int64), np.concatenate([[0], np.cumsum(per_pack)]).astype(np.int64)
 
 
-def lengths_between(starts: Int64Array, length: int) -> Int64Array:
-    """Lengths of the pieces that cuts at `starts` (ascending, in 1..length) make of a window of `length`."""
-    edges = np.empty(len(starts) + 2, dtype=np.int64)
-    edges[0] = 0
-    edges[1:-1] = starts
-    edges[-1] = length
-    if len(starts) and starts[-1] == length:
-        edges = edges[:-1]
-    return edges[1:] - edges[:-1]
+def fill_window(
+    ids: npt.NDArray[np.integer],
+    mask: npt.NDArray[np.bool_] | None,
+    starts: Int64Array,
+    length: int,
+    eos_id: int,
+    window: npt.NDArray[np.int32],
+) -> Int64Array:
+    """Fill `window` [3, S] with tokens, labels and positions: the numpy twin of `megaflow_fill`.
+
+    Args:
+        ids: [length + 1] the window's tokens and the one after; [length] at the end of the stream.
+        mask: as `ids`, whether a token carries loss as a label; None where all do.
+        starts: where documents start among 1 .. length, ascending.
+        length: at most S; the rest is padding.
+
+    Returns:
+        [D] lengths of the documents, padding last.
+    """
+    tokens, labels, positions = window
+    labelled, size = len(ids) - 1, len(tokens)
+    tokens[:length], tokens[length:] = ids[:length], eos_id
+    labels[:labelled], labels[labelled:] = ids[1:], IGNORE
+    if mask is not None:
+        labels[:labelled][~mask[1:]] = IGNORE
+    if length < size and (len(starts) == 0 or starts[-1] != length):
+        starts = np.append(starts, length)
+    labels[starts - 1] = IGNORE
+    inner = starts[starts < size]
+    lengths = np.diff(inner, prepend=0, append=size)
+    positions.fill(1)
+    positions[0] = 0
+    positions[inner] = 1 - lengths[:-1]
+    np.cumsum(positions, dtype=np.int32, out=positions)
+    return lengths
 
 
 def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
@@ -44,11 +70,3 @@ def cumulative_lengths(lengths: Int64Array) -> npt.NDArray[np.int32]:
     cumulative = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cumulative[1:])
     return cumulative
-
-
-def fill_positions(cu_seqlens: npt.NDArray[np.int32], positions: Int64Array) -> None:
-    """Fill `positions` [cu_seqlens[-1]] with the position of each token in its document."""
-    positions.fill(1)
-    positions[0] = 0
-    positions[cu_seqlens[1:-1]] = cu_seqlens[:-2] - cu_seqlens[1:-1] + 1
-    np.cumsum(positions, out=positions)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from megaflow.data.blocks import Verify
-from megaflow.data.corpus import Corpus, Int64Array, corpus_path
+from megaflow.data.corpus import Corpus, Int32Array, Int64Array, corpus_path
 from megaflow.data.order import window_offset
-from megaflow.data.packing import IGNORE, lengths_between
 from megaflow.errors import UserError
 
 
@@ -31,8 +30,8 @@ class Source(ABC):
         self.documents = corpus.num_documents
 
     @abstractmethod
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        """Fill `tokens` and `labels` [S] (-100 = no loss) with window `index` (0 <= index < num_windows) of `epoch`.
+    def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
+        """Fill `window` [3, S] with window `index` (0 <= index < num_windows) of `epoch`: see `Corpus.fill`.
 
         Returns:
             [D] lengths of its documents, padding last.
@@ -59,24 +58,6 @@ class Source(ABC):
             return labels - len(starts)
         mask = corpus.loss_mask(start, start + labels + 1)[1:]
         return int(np.count_nonzero(mask)) - int(np.count_nonzero(mask[starts]))
-
-    def _read_span(self, start: int, stop: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        """Inputs `start .. stop - 1`, padded to S; the label of each is the next token of its document."""
-        corpus, length = self.corpus, stop - start
-        ids = corpus.tokens(start, min(stop + 1, corpus.num_tokens))
-        labelled = len(ids) - 1
-        tokens[:length] = ids[:length]
-        labels[:labelled] = ids[1:]
-        if labelled < self.seq_length:
-            tokens[length:] = corpus.manifest.tokenizer.eos_id
-            labels[labelled:] = IGNORE
-        if corpus.has_mask:
-            labels[:labelled][~corpus.loss_mask(start, start + labelled + 1)[1:]] = IGNORE
-        starts = corpus.starts_within(start, stop)
-        labels[starts - 1] = IGNORE
-        if length < self.seq_length and (len(starts) == 0 or starts[-1] != length):
-            starts = np.append(starts, length)
-        return lengths_between(starts, self.seq_length)
 
 
 class TextSource(Source):
@@ -106,28 +87,14 @@ class TextSource(Source):
             count += self._count_labels(0, self.seq_length - left)
         return count
 
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
-        if start + self.seq_length < self.corpus.num_tokens:
-            return self._read_span(start, start + self.seq_length, tokens, labels)
-        return self._read_wrapping(start, tokens, labels)
-
-    def _read_wrapping(self, start: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        """A window whose labels run past the end of the stream and on at its start."""
-        corpus, length = self.corpus, self.seq_length
+    def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
+        corpus = self.corpus
+        start = (self._offset(epoch) + index * self.seq_length) % corpus.num_tokens
         left = corpus.num_tokens - start
-        rest = length + 1 - left
-        ring = np.concatenate([corpus.tokens(start, corpus.num_tokens), corpus.tokens(0, rest)])
-        tokens[:] = ring[:-1]
-        labels[:] = ring[1:]
-        if corpus.has_mask:
-            mask = np.concatenate([corpus.loss_mask(start, corpus.num_tokens), corpus.loss_mask(0, rest)])
-            labels[~mask[1:]] = IGNORE
-        before = corpus.starts_within(start, corpus.num_tokens)
-        after = corpus.starts_within(0, rest - 1) + left
-        starts = np.concatenate([before, after])
-        labels[starts - 1] = IGNORE
-        return lengths_between(starts, length)
+        if self.seq_length <= left:
+            return corpus.fill(start, start + self.seq_length, window)
+        before = corpus.fill(start, corpus.num_tokens, window[:, :left])
+        return np.concatenate([before, corpus.fill(0, self.seq_length - left, window[:, left:])])
 
 
 class PackedSource(Source):
@@ -153,8 +120,8 @@ class PackedSource(Source):
     def loss_tokens(self, epoch: int, index: int) -> int:
         return self._count_labels(*self._span(index))
 
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        return self._read_span(*self._span(index), tokens, labels)
+    def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
+        return self.corpus.fill(*self._span(index), window)
 
 
 class SequentialSource(Source):
@@ -171,8 +138,8 @@ class SequentialSource(Source):
     def loss_tokens(self, epoch: int, index: int) -> int:
         return self._count_labels(*self._span(index))
 
-    def read(self, epoch: int, index: int, tokens: Int64Array, labels: Int64Array) -> Int64Array:
-        return self._read_span(*self._span(index), tokens, labels)
+    def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
+        return self.corpus.fill(*self._span(index), window)
 
 
 def _repack_command(corpus: Corpus, seq_length: int) -> str:

@@ -15,7 +15,6 @@ from megaflow.data.packing import pack
 from megaflow.data.sources import Source
 from megaflow.data.writer import CorpusWriter
 
-
 EOS = 2
 TOKENIZER = TokenizerInfo(
     library="sentencepiece", version="0", sha256="ab", probe="cd", vocab_size=999, bos_id=1, eos_id=EOS, path="t.model"

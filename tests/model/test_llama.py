@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_transformers(pair: tuple[Llama, LlamaForCausal
     losses = ours.loss(batch)
     losses.sum().backward()
     logits = theirs(batch.tokens).logits
-    expected = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+    expected = F.cross_entropy(logits.transpose(1, 2), batch.labels.long(), reduction="none")
     expected.sum().backward()
     assert relative(losses, expected) < 1e-5
 
