@@ -47,7 +47,14 @@ def export_tokenizer(source: str | Path, out: str | Path) -> None:
         shutil.copyfile(source, out / "tokenizer.json")
     else:
         shutil.copyfile(source, out / "tokenizer.model")
-        text = json.dumps(tokenizer_json(read_model(source), source), ensure_ascii=False)
+        model = read_model(source)
+        if ties(model):
+            logger.warning(
+                "%s: some pieces share a score; SentencePiece merges those from the left, tokenizer.json cannot: "
+                "AutoTokenizer will give other ids here and there, tokenizer.model the right ones",
+                source,
+            )
+        text = json.dumps(tokenizer_json(model, source), ensure_ascii=False)
         (out / "tokenizer.json").write_text(text, encoding="utf-8")
     theirs = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
     check_ids(ours, theirs)
@@ -82,23 +89,22 @@ def read_model(path: Path) -> Any:
     except Exception as error:  # protobuf's DecodeError lives where its backend does
         raise UserError(f"{path}: not a SentencePiece model") from error
     if not model.pieces or model.trainer_spec.model_type != BPE:
-        raise UserError(f"{path}: only SentencePiece models of type BPE can be exported")
+        raise UserError(f"{path}: only SentencePiece models of type BPE can be written as tokenizer.json")
     return model
 
 
-def merges(pieces: list[Any], path: Path) -> list[list[str]]:
+def ties(model: Any) -> bool:
+    """Whether pieces share a score, so that the merges alone do not say which of two comes first."""
+    scores = [p.score for p in model.pieces if p.type == NORMAL and p.piece.strip(SPACE)]
+    return len(set(scores)) < len(scores)
+
+
+def merges(pieces: list[Any]) -> list[list[str]]:
     """The pairs a BPE vocabulary can be built by, the best first.
 
     SentencePiece merges the neighbours whose union scores highest; every way to split a piece in two is one such pair.
     """
     ids = {p.piece: i for i, p in enumerate(pieces) if p.type in (NORMAL, USER_DEFINED)}
-    scores = [p.score for p in pieces if p.type == NORMAL and p.piece.strip(SPACE)]
-    if len(set(scores)) < len(scores):
-        logger.warning(
-            "%s: some pieces share a score; SentencePiece merges those from the left, tokenizer.json cannot: "
-            "AutoTokenizer will give other ids here and there, tokenizer.model the right ones",
-            path,
-        )
     ranked = sorted(ids, key=lambda piece: -pieces[ids[piece]].score)
     return [
         [left, right]
@@ -174,6 +180,6 @@ def tokenizer_json(model: Any, path: Path) -> dict[str, Any]:
             "byte_fallback": spec.byte_fallback,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": merges(pieces, path),
+            "merges": merges(pieces),
         },
     }

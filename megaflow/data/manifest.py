@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,22 @@ class TokenizerInfo(BaseModel):
         )
 
 
+class EncoderInfo(BaseModel):
+    """Which library encoded the corpus in place of the tokenizer's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    library: str
+    version: str
+    compared: int
+    """Documents that the tokenizer itself encoded too, all with the same ids."""
+
+    @classmethod
+    def of(cls, library: str, compared: int) -> EncoderInfo:
+        """Describe the library as it is installed."""
+        return cls(library=library, version=importlib.metadata.version(library), compared=compared)
+
+
 class Manifest(BaseModel):
     """Everything about a corpus that its arrays do not say.
 
@@ -67,6 +84,8 @@ class Manifest(BaseModel):
     bytes: int
     loss_bytes: int
     tokenizer: TokenizerInfo
+    encoder: EncoderInfo | None = None
+    """None where the tokenizer's own library encoded."""
     shuffle_seed: int
     seq_length: int | None = None
     """Length the examples are packed for; None for a text corpus."""
@@ -82,6 +101,8 @@ class Manifest(BaseModel):
     """Input records that could not be used."""
     too_long: int = 0
     """Examples left out because they are longer than `seq_length`."""
+    duplicates: int = 0
+    """Documents left out because an earlier one has the same text."""
     block_bytes: int = Field(default=BLOCK_BYTES, ge=1)
     blocks: dict[str, list[str]] = {}
     """xxh3-64 of each `block_bytes` of each file, by the file's suffix."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megaflow.data.corpus import Int64Array, corpus_path, pack_suffix, token_dtype
 from megaflow.data.encode import SHOWN, Encoded, PrepareOptions, encode_all
-from megaflow.data.manifest import Manifest, TokenizerInfo
+from megaflow.data.manifest import EncoderInfo, Manifest, TokenizerInfo
 from megaflow.data.order import hash_ints, perm_many
 from megaflow.data.packing import pack
 from megaflow.data.readers import Chunk, file_format, read_chunks
@@ -42,6 +42,7 @@ class PrepareReport:
     records: int = 0
     num_bad: int = 0
     num_too_long: int = 0
+    num_compared: int = 0
     bad: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
 
@@ -162,6 +163,7 @@ def _count(report: PrepareReport, encoded: Encoded) -> None:
     report.records += encoded.records
     report.num_bad += encoded.num_bad
     report.num_too_long += encoded.num_too_long
+    report.num_compared += encoded.comparison.documents
     report.bad += encoded.bad[: SHOWN - len(report.bad)]
     report.too_long += encoded.too_long[: SHOWN - len(report.too_long)]
 
@@ -221,6 +223,7 @@ def _manifest(
     heldout_documents: int,
 ) -> Manifest:
     format = options.format
+    other = None if options.encoder in (None, tokenizer.library) else options.encoder
     return Manifest(
         kind=format.kind,
         language=options.language,
@@ -230,6 +233,7 @@ def _manifest(
         bytes=int(sums[0]),
         loss_bytes=int(sums[1]),
         tokenizer=tokenizer,
+        encoder=None if other is None else EncoderInfo.of(other, report.num_compared),
         shuffle_seed=options.seed,
         seq_length=options.seq_length,
         packs=packs,

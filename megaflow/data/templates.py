@@ -29,7 +29,7 @@ PRESETS = {
 models" (ChatFlow)."""
 DEFAULT_TEMPLATE = {"parallel": "tab", "instruction": "chatflow"}
 PLAIN = "{instruction}\n{input}\n{output}"
-HELDOUT, DIRECTION, TEMPLATED = 1, 2, 3
+HELDOUT, DIRECTION, TEMPLATED, COMPARED = 1, 2, 3, 4
 """Hash seeds: one independent choice each."""
 NAMES = {"text": ("text",), "parallel": ("source", "target"), "instruction": ("instruction", "input", "output")}
 _SLOT = re.compile(r"\{(\w+)\}")

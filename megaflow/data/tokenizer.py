@@ -56,6 +56,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; begin, end and padding tokens give nothing."""
 
+    @abstractmethod
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id as the vocabulary writes it."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`."""
         return self.encode_batch([text])[0]
@@ -102,6 +106,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._processor.id_to_piece(int(i)) for i in ids]
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`.
@@ -147,6 +154,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokenizer.id_to_token(int(i)) or "" for i in ids]
 
 
 def _special_names(path: Path) -> dict[str, str]:

@@ -129,7 +129,7 @@ def test_templates_that_do_not_fit_conversations() -> None:
 
 def test_turns_are_of_instructions(tmp_path: Path, sp_model: Path) -> None:
     with pytest.raises(UserError, match="--turns-field is for --kind instruction, not parallel"):
-        prepare(tmp_path / "c", [], sp_model, "en", KindChoice.parallel, 64, turns_field="messages")
+        prepare(tmp_path / "c", [], sp_model, "en", kind=KindChoice.parallel, seq_length=64, turns_field="messages")
 
 
 SEQ_LENGTH = 160
