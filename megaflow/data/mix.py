@@ -89,6 +89,13 @@ class Sampler:
         self._arrange()
         self.load_state_dict(state)
 
+    def forget(self, number: int) -> None:
+        """Take back the latest `number` mixes; before the first step."""
+        if number:
+            self._mixes = self._mixes[:-number]
+            self._arrange()
+            self._progress = Progress.start(len(self.groups), len(self.sources))
+
     def _arrange(self) -> None:
         """Lay out arrays over the groups and sources of the latest mix, which are every mix's and more."""
         last = self._mixes[-1]
@@ -99,12 +106,13 @@ class Sampler:
         self._flat = np.array([index[spec.name] for spec in self._specs], np.int64)
         self.sources = tuple(self._specs[place] for place in np.argsort(self._flat).tolist())
         sizes = [len(group.sources) for group in self.groups]
-        self._keys = [order.name_key(spec.name) for spec in self._specs]
-        self._group_of = np.repeat(np.arange(len(sizes)), sizes)
-        self._place_of = np.concatenate([np.arange(size) for size in sizes])
-        windows, length = [spec.windows for spec in self._specs], None
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        self._columns = np.stack([group, self._flat, np.concatenate([np.arange(size) for size in sizes])])
+        keys, windows = [order.name_key(spec.name) for spec in self._specs], [spec.windows for spec in self._specs]
+        self._keys, self._windows = np.array(keys, np.uint64), np.array(windows, np.int64)
+        length = None
         if self.loss_tokens is not None:
-            length = Lengths(self.seed, self._keys, windows, self._flat.tolist(), self.loss_tokens)
+            length = Lengths(self.seed, keys, windows, self._flat.tolist(), self.loss_tokens)
         self._rules: list[CountRule] = []
         self._known: list[NDArray[np.bool_]] = []
         for mix in self._mixes:
@@ -117,7 +125,7 @@ class Sampler:
                     self.seq_length,
                     group_sizes=np.array(sizes, np.int64),
                     source_weights=np.array(weights, np.int64),
-                    windows=np.array(windows, np.int64),
+                    windows=self._windows,
                     documents=np.array([spec.documents for spec in self._specs], np.int64),
                     length=length,
                 )
@@ -157,7 +165,7 @@ class Sampler:
         """Plan the next step and advance past it."""
         index = self._index(self.step + 1)
         clock = self._rules[index].clock(self._progress)
-        first = self._progress.consumed.tolist()
+        first = self._progress.consumed.copy()
         counts = self._advance(self._progress, 1)
         deck = self._deck(first, counts.sources)
         columns = np.stack([deck.group, deck.source_in_group, deck.epoch, deck.window], axis=1)
@@ -208,29 +216,12 @@ class Sampler:
             corrections += last.corrections
         return replace(last, corrections=corrections)
 
-    def _deck(self, first: list[int], counts: list[int]) -> Deck:
+    def _deck(self, first: NDArray[np.int64], counts: list[int]) -> Deck:
         """The cards of a step: `counts[k]` sequences of source `k` from its `first[k]`-th, permuted epoch by epoch."""
-        runs: list[tuple[int, int, int, int]] = []  # (source, epoch, first index in the epoch, length)
-        for k, spec in enumerate(self._specs):
-            taken, end = first[k], first[k] + counts[k]
-            while taken < end:
-                epoch, start = divmod(taken, spec.windows)
-                length = min(spec.windows - start, end - taken)
-                runs.append((k, epoch, start, length))
-                taken += length
-        sources, epochs, starts, lengths = (np.array(column, np.int64) for column in zip(*runs, strict=True))
-        keys = [order.hash_ints(self.seed, self._keys[k], epoch) for k, epoch, _, _ in runs]
-        sizes = [self._specs[k].windows for k, _, _, _ in runs]
-        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        index = np.repeat(starts, lengths) + position
-        place = np.repeat(sources, lengths)
-        return Deck(
-            group=self._group_of[place],
-            source=self._flat[place],
-            source_in_group=self._place_of[place],
-            epoch=np.repeat(epochs, lengths),
-            window=order.perm_runs(keys, sizes, lengths.tolist(), index, self.use_native),
-        )
+        taken = np.array(counts, np.int64)
+        group, source, source_in_group = np.repeat(self._columns, taken, axis=1)
+        epoch, window = order.draw(self.seed, self._keys, self._windows, first, taken, self.use_native)
+        return Deck(group, source, source_in_group, epoch, window)
 
     def replay(self, steps: int) -> dict[str, Any]:
         """The state `steps` steps on, counts only: what a checkpoint written then must hold.
@@ -256,13 +247,12 @@ class Sampler:
         worst: list[int] = self._progress.worst.tolist()
         return worst
 
-    def weights_at(self, step: int) -> list[int]:
-        """Group weights of a step after the one planned last, in units of 1 / `ONE`; this sampler stays where it is."""
+    def clock_at(self, step: int) -> int:
+        """The schedule's clock before a step after the one planned last; this sampler stays where it is."""
         progress = self._progress.copy()
         if step > self.step + 1:
             self._advance(progress, step - 1 - self.step)
-        rule = self._rules[self._index(step)]
-        return rule.schedule.weights(rule.clock(progress))
+        return self._rules[self._index(step)].clock(progress)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a JSON-able dict: strings, integers, lists; the digest in hexadecimal."""

@@ -91,6 +91,21 @@ def perm_many(key: int, n: int, xs: NDArray[np.int64], use_native: bool = True) 
     return perm_runs([key], [n], [indices.size], indices.reshape(-1), use_native).reshape(indices.shape)
 
 
+def perm_inverse_many(key: int, n: int, xs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions at which `perm(key, n, .)` has the values `xs`: its rounds undone, last first.
+
+    Raises:
+        ValueError: `n < 1` or a value is not in `[0, n)`.
+    """
+    values = np.asarray(xs, dtype=np.int64)
+    if n < 1 or (values.size and not 0 <= int(values.min()) <= int(values.max()) < n):
+        raise ValueError(f"values must be in [0, {n})")
+    key_array, size_array = np.array([key], dtype=np.uint64), np.array([n], dtype=np.uint64)
+    return _perm_runs_numpy(key_array, size_array, np.array([values.size]), values.reshape(-1), inverse=True).reshape(
+        values.shape
+    )
+
+
 def perm_runs(
     keys: Sequence[int], sizes: Sequence[int], lengths: Sequence[int], xs: NDArray[np.int64], use_native: bool = True
 ) -> NDArray[np.int64]:
@@ -112,9 +127,13 @@ def perm_runs(
 
 
 def _perm_runs_numpy(
-    keys: NDArray[np.uint64], sizes: NDArray[np.uint64], lengths: NDArray[np.int64], xs: NDArray[np.int64]
+    keys: NDArray[np.uint64],
+    sizes: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    xs: NDArray[np.int64],
+    inverse: bool = False,
 ) -> NDArray[np.int64]:
-    """Numpy twin of `megaflow_permute`: all runs at once, one table column per run."""
+    """Numpy twin of `megaflow_permute`, or its inverse: all runs at once, one table column per run."""
     bits = np.array([max(2, (size - 1).bit_length()) for size in sizes.tolist()], dtype=np.uint64)
     low_bits = bits // np.uint64(2)
     one = np.uint64(1)
@@ -134,9 +153,11 @@ def _perm_runs_numpy(
         shift, cut, key = low_bits[column], masks[:, column], round_keys[:, column]
         x = values[active]
         high, low = (x >> shift).astype(np.uint32), x.astype(np.uint32) & low_mask[column]
-        for r in range(0, rounds, 2):
-            high ^= _round_function_numpy(low, key[r]) & cut[r]
-            low ^= _round_function_numpy(high, key[r + 1]) & cut[r + 1]
+        for r in reversed(range(rounds)) if inverse else range(rounds):
+            if r % 2 == 0:
+                high ^= _round_function_numpy(low, key[r]) & cut[r]
+            else:
+                low ^= _round_function_numpy(high, key[r]) & cut[r]
         x = high.astype(np.uint64) << shift | low
         values[active] = x
         active = active[x >= sizes[column]]
@@ -162,6 +183,49 @@ def _hash_pair(keys: NDArray[np.uint64], second: int) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
     return mix(mix(keys + np.uint64(GOLDEN_RATIO)) + np.uint64((GOLDEN_RATIO + second) & MASK64))
+
+
+def draw(
+    seed: int,
+    keys: NDArray[np.uint64],
+    windows: NDArray[np.int64],
+    first: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    use_native: bool = True,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The cards of a step: `counts[k]` sequences of source `k` from its `first[k]`-th on, source after source.
+
+    Args:
+        keys: `[K]` the sources' `name_key`s.
+        windows: `[K]` per epoch.
+
+    Returns:
+        (epoch `[B]`, window `[B]`) of each.
+    """
+    host = native.library() if use_native else None
+    if host is None:
+        return _draw_numpy(seed, keys.tolist(), windows.tolist(), first.tolist(), counts.tolist())
+    epoch, window = np.empty((2, int(counts.sum())), np.int64)
+    host.megaflow_draw(seed, len(keys), *map(native.address, (keys, windows, first, counts, epoch, window)))
+    return epoch, window
+
+
+def _draw_numpy(
+    seed: int, keys: list[int], windows: list[int], first: list[int], counts: list[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numpy twin of `megaflow_draw`."""
+    runs: list[tuple[int, int, int, int, int]] = []  # (key, windows, epoch, first index in the epoch, length)
+    for key, size, taken, count in zip(keys, windows, first, counts, strict=True):
+        end = taken + count
+        while taken < end:
+            epoch, start = divmod(taken, size)
+            length = min(size - start, end - taken)
+            runs.append((hash_ints(seed, key, epoch), size, epoch, start, length))
+            taken += length
+    run_keys, sizes, epochs, starts, lengths = zip(*runs, strict=True) if runs else [()] * 5
+    index = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] or [np.arange(0)])
+    window = perm_runs(run_keys, sizes, lengths, index, use_native=False)
+    return np.repeat(np.array(epochs, np.int64), np.array(lengths, np.int64)), window
 
 
 def window_offset(seed: int, name: str, epoch: int, tokens: int) -> int:
