@@ -139,7 +139,7 @@ class CountRule:
             weights, groups = np.empty_like(self.group_sizes), np.empty_like(self.group_sizes)
             sources, step = np.empty_like(self.windows), np.array([progress.step], np.int64)
             state = (step, progress.group_residuals, progress.source_residuals, progress.consumed, progress.worst)
-            pointers = [array.ctypes.data for array in (*state, weights, groups, sources)]
+            pointers = map(native.address, (*state, weights, groups, sources))
             corrections = library.megaflow_advance(steps, batch, *self._native_arguments, *pointers)
             progress.step += steps
             return StepCounts(weights.tolist(), groups.tolist(), sources.tolist(), batch, corrections)
