@@ -134,6 +134,8 @@ class DataConfig(Section):
     """Language groups, in order, each with its sources."""
     schedule: ScheduleConfig
     """Ratios of the groups over the run."""
+    unit: Literal["sequences", "loss_tokens"] = "sequences"
+    """What ratios and weights are shares of: sequences, in every step; or tokens with loss, over the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sample order."""
     verify: Literal["off", "lazy", "full"] = "lazy"
@@ -143,7 +145,7 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0, le=64)] = 2
     """Threads of each rank that read ahead, and one that plans; 0: the training thread does both between steps."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
-    """Steps prepared ahead, in host memory of 24 bytes a token each, where there are workers."""
+    """Steps prepared ahead, in host memory of 12 bytes a token each, where there are workers."""
     document_boundaries: bool = True
     """Attention and positions restart at each document; false: plain causal attention over the whole sequence."""
 
