@@ -13,8 +13,11 @@ All numbers are little-endian.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
+import weakref
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +62,28 @@ class Corpus:
     Attributes: `prefix`, `manifest`, `num_tokens`, `num_documents`, `num_packs` (0 where it is not packed).
     """
 
-    def __init__(self, prefix: Path, manifest: Manifest, dtype: np.dtype, documents: int, verify: Verify) -> None:
+    def __init__(
+        self, prefix: str | Path, manifest: Manifest, verify: Verify, sound: dict[str, bytearray] | None = None
+    ) -> None:
+        """As `open`, with the manifest read; `sound` is what an earlier opening found sound, by suffix, kept up."""
         self.prefix = prefix
         self.manifest = manifest
-        self.num_documents = documents
+        self.num_documents = documents = manifest.documents
         self.num_tokens = manifest.tokens
         self.num_packs = manifest.packs or 0
-        self._itemsize = dtype.itemsize
+        self._verify: Verify = verify
+        self._sound = {} if sound is None else sound
         self._offsets_at = HEADER.size + 4 * documents
-        self._index = self._file("idx", verify)
+        dtype = self._check_files()
+        self._itemsize = dtype.itemsize
+        self._index = self._file("idx")
         # 8-byte numbers at odd addresses: a memoryview reads single ones as fast as a list
         self._offsets = self._index.bytes.data[self._offsets_at : self._offsets_at + 8 * documents].cast("q")
-        self._bin = self._file("bin", verify)
+        self._bin = self._file("bin")
         self._tokens = self._bin.bytes.view(dtype)
         self._ids = self._tokens.view(f"<u{dtype.itemsize}")  # of which a negative id is a large one
-        self._mask = self._file("mask", verify) if "mask" in manifest.blocks else None
-        self._packs = None if manifest.seq_length is None else self._file(pack_suffix(manifest.seq_length), verify)
+        self._mask = self._file("mask") if "mask" in manifest.blocks else None
+        self._packs = None if manifest.seq_length is None else self._file(pack_suffix(manifest.seq_length))
         self._stream = native.Stream(
             self._bin.bytes.ctypes.data,
             self._index.bytes.ctypes.data + self._offsets_at,
@@ -90,27 +99,29 @@ class Corpus:
     def open(cls, prefix: str | Path, verify: Verify = "lazy") -> Corpus:
         """Open `<prefix>.bin`, `.idx` and `.json`, checking the header's arithmetic and the files' sizes.
 
-        Args:
-            verify: when the files' blocks are held against the manifest's checksums; see `Verify`.
-
-        Raises:
-            UserError: a file is missing, or is not what its header and the manifest say.
+        `verify` says when blocks are held against the manifest's checksums. Raises UserError where a file is missing,
+        or is not what its header and the manifest say.
         """
-        prefix = Path(prefix)
-        manifest = read_manifest(corpus_path(prefix, "json"))
-        dtype, documents = _check_index(prefix, manifest)
-        _check_size(corpus_path(prefix, "bin"), manifest.tokens * dtype.itemsize)
-        if "mask" in manifest.blocks:
-            _check_size(corpus_path(prefix, "mask"), (manifest.tokens + 7) // 8)
-        if manifest.seq_length is not None:
-            _check_size(corpus_path(prefix, pack_suffix(manifest.seq_length)), ((manifest.packs or 0) + 1) * 8)
-        return cls(prefix, manifest, dtype, documents, verify)
+        return cls(prefix, read_manifest(corpus_path(prefix, "json")), verify)
 
-    def _file(self, suffix: str, verify: Verify) -> BlockFile:
-        path, blocks = corpus_path(self.prefix, suffix), self.manifest.blocks.get(suffix, [])
-        return BlockFile(
-            path, blocks, self.manifest.block_bytes, verify, lambda start, stop: self._located(suffix, start, stop)
-        )
+    def _check_files(self) -> np.dtype:
+        """Check the index's header and the files' sizes; the type of the tokens."""
+        dtype = check_index(self._path("idx"), self.manifest)
+        for suffix, size in file_sizes(self.manifest, dtype.itemsize).items():
+            _check_size(self._path(suffix), size)
+        return dtype
+
+    def _path(self, suffix: str) -> Path:
+        return corpus_path(self.prefix, suffix)
+
+    def _file(self, suffix: str) -> BlockFile:
+        return BlockFile(self._path(suffix), *self._checksums(suffix))
+
+    def _checksums(self, suffix: str) -> tuple[list[str], int, Verify, Callable[[int, int], str], bytearray]:
+        """What a file is held against: the arguments of `BlockFile` after the path."""
+        locate = functools.partial(Corpus._located, weakref.proxy(self), suffix)  # no cycle: unmapped when let go of
+        blocks, sound = self.manifest.blocks.get(suffix, []), self._sound.setdefault(suffix, bytearray())
+        return blocks, self.manifest.block_bytes, self._verify, locate, sound
 
     def _located(self, suffix: str, start: int, stop: int) -> str:
         """What lies in a range of a file's bytes, in words."""
@@ -237,6 +248,16 @@ class Corpus:
         return first, last
 
 
+def file_sizes(manifest: Manifest, itemsize: int) -> dict[str, int]:
+    """Bytes of every file of a corpus by its suffix, the manifest apart."""
+    sizes = {"idx": HEADER.size + 20 * manifest.documents + 8, "bin": manifest.tokens * itemsize}
+    if "mask" in manifest.blocks:
+        sizes["mask"] = (manifest.tokens + 7) // 8
+    if manifest.seq_length is not None:
+        sizes[pack_suffix(manifest.seq_length)] = ((manifest.packs or 0) + 1) * 8
+    return sizes
+
+
 def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
@@ -246,9 +267,12 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path}: {size} bytes where {expected} belong; it was cut or changed, prepare it again")
 
 
-def _check_index(prefix: Path, manifest: Manifest) -> tuple[np.dtype, int]:
-    """Check `.idx` without reading its arrays: header, size, first and last entries."""
-    path = corpus_path(prefix, "idx")
+def check_index(path: Path, manifest: Manifest) -> np.dtype:
+    """Check `.idx` without reading its arrays: header, size, last entries; the type of the tokens.
+
+    Raises:
+        UserError: it is not what the manifest says.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
@@ -273,4 +297,4 @@ def _check_index(prefix: Path, manifest: Manifest) -> tuple[np.dtype, int]:
     end = last_offset + last_length * dtype.itemsize
     if end != manifest.tokens * dtype.itemsize or manifest.tokens < documents:
         raise UserError(f"{path}: documents end at byte {end} of {manifest.tokens * dtype.itemsize}; prepare it again")
-    return dtype, documents
+    return dtype
