@@ -186,7 +186,7 @@ def test_a_fork_plans_the_sampler_s_steps_and_leaves_it(sources: list[Source]) -
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), *THREADED])
 def test_damaged_data_stop_the_step_they_belong_to(sources: list[Source], workers: int, prefetch: int) -> None:
     """Steps before it are given out, the sampler stays where they end, no thread is left."""
-    path = sources[1].corpus.prefix.with_suffix(".bin")
+    path = Path(f"{sources[1].corpus.prefix}.bin")
     ids = np.fromfile(path, "<u2")
     ids[-1] = 5000
     ids.tofile(path)
