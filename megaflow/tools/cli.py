@@ -9,6 +9,7 @@ import typer
 from megaflow.errors import UserError
 from megaflow.tools.config import config
 from megaflow.tools.data import data
+from megaflow.tools.data_inspect import inspect
 from megaflow.tools.data_merge import merge
 from megaflow.tools.doctor import doctor
 from megaflow.tools.export import export
@@ -25,7 +26,8 @@ app = typer.Typer(
 )
 for command in (prepare, config, doctor, plot, generate, export):
     app.command()(command)
-data.command()(merge)
+for command in (inspect, merge):
+    data.command()(command)
 app.add_typer(data, name="data")
 
 
