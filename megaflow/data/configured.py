@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import Any
 
 from megaflow.config import Config
+from megaflow.data.estimate import epoch_loss_tokens, in_sequences
 from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.ledger import LedgerEntry, build_sampler
+from megaflow.data.ledger import LedgerEntry, build_sampler, consumed
 from megaflow.data.schedule import (
     CompiledSchedule,
     Knot,
@@ -33,11 +34,13 @@ def configured_entry(config: Config, sources: Sequence[Source], why: str = "the 
         UserError: weights or a schedule that cannot be compiled.
     """
     by_name = {source.name: source for source in sources}
+    by_tokens = config.data.unit == "loss_tokens"
+    loss_tokens = {source.name: epoch_loss_tokens(source) for source in sources} if by_tokens else None
     groups = []
     for name, group in config.data.groups.items():
         specs = tuple(SourceSpec(s, by_name[s].num_windows, by_name[s].documents) for s in group.sources)
         kept = [
-            0 if source.weight == 0 else spec.windows
+            0 if source.weight == 0 else _size(spec, loss_tokens)
             for spec, source in zip(specs, group.sources.values(), strict=True)
         ]
         if group.weights == "explicit":
@@ -46,19 +49,28 @@ def configured_entry(config: Config, sources: Sequence[Source], why: str = "the 
             assert group.temperature is not None
             weights = temperature(kept, group.temperature)
         else:  # for UniMax until the group's sequences are known
-            weights = integer_weights([Fraction(windows) for windows in kept])
+            weights = integer_weights([Fraction(size) for size in kept])
         groups.append(GroupSpec(name, specs, tuple(weights)))
-    entry = LedgerEntry(
-        first_step=1,
-        schedule=compile_schedule(config),
-        batch_size=config.train.global_batch_size,
-        seed=config.data.seed,
-        seq_length=config.data.seq_length,
-        groups=tuple(groups),
-        manifests={source.name: source.corpus.manifest.fingerprint for source in sources},
-        why=why,
+    return with_unimax(
+        config,
+        [],
+        LedgerEntry(
+            first_step=1,
+            schedule=compile_schedule(config),
+            batch_size=config.train.global_batch_size,
+            seed=config.data.seed,
+            seq_length=config.data.seq_length,
+            groups=tuple(groups),
+            manifests={source.name: source.corpus.manifest.fingerprint for source in sources},
+            why=why,
+            loss_tokens=loss_tokens,
+        ),
     )
-    return _with_unimax(config, entry)
+
+
+def _size(source: SourceSpec, loss_tokens: Mapping[str, int] | None) -> int:
+    """Of an epoch, in what weights are shares of."""
+    return source.windows if loss_tokens is None else loss_tokens[source.name]
 
 
 def caps(config: Config) -> dict[str, Decimal]:
@@ -67,22 +79,28 @@ def caps(config: Config) -> dict[str, Decimal]:
     return {name: cap for name, cap in found.items() if cap is not None}
 
 
-def _with_unimax(config: Config, entry: LedgerEntry) -> LedgerEntry:
-    """The entry with the weights of UniMax groups, whose budget is what the schedule gives them over the whole run.
+def with_unimax(config: Config, ledger: Sequence[LedgerEntry], entry: LedgerEntry) -> LedgerEntry:
+    """The entry with the weights of UniMax groups, as it follows a ledger that has none from a later step.
 
-    On the documents clock, which depends on the sources, the budget is that of weights proportional to sizes.
+    Their budget is what the schedule gives them from the entry's first step to the end of the run, their limits are
+    what their caps leave of what they have been read by then. Where nothing is left the whole caps count, and the check
+    of the caps will refuse the run. On the documents clock, which depends on the sources, the budget is that of the
+    weights that the entry has.
     """
     if all(group.weights != "unimax" for group in config.data.groups.values()):
         return entry
-    state, groups = build_sampler([entry]).replay(config.train.steps), []
-    for spec, group, planned in zip(entry.groups, config.data.groups.values(), state["groups"], strict=True):
+    sampler, past, groups = build_sampler(in_sequences([*ledger, entry])), entry.first_step - 1, []
+    before, after = (consumed(sampler.replay(step)) for step in (past, max(past, config.train.steps)))
+    for spec, group in zip(entry.groups, config.data.groups.values(), strict=True):
         if group.weights == "unimax":
-            budget = sum(source["consumed"] for source in planned["sources"])
-            limits = [
-                Fraction(group.cap(source.name) or 0) * source.windows * (group.sources[source.name].weight != 0)
-                for source in spec.sources
-            ]
-            spec = replace(spec, weights=tuple(unimax(limits, budget)))
+            budget, whole, left = Fraction(0), [], []
+            for source in spec.sources:
+                size, read = _size(source, entry.loss_tokens), before.get(source.name, 0)
+                budget += Fraction(size * (after[source.name] - read), source.windows)
+                cap = group.cap(source.name) if group.sources[source.name].weight else None
+                whole.append(Fraction(cap or 0) * size)
+                left.append(max(Fraction(0), whole[-1] - Fraction(size * read, source.windows)))
+            spec = replace(spec, weights=tuple(unimax(left if any(left) else whole, int(budget))))
         groups.append(spec)
     return replace(entry, groups=tuple(groups))
 
@@ -125,6 +143,7 @@ def edited_entry(began: Mapping[str, Any], config: Config, entry: LedgerEntry, l
         schedule=entry.schedule if schedule else last.schedule,
         groups=entry.groups if groups else last.groups,
         manifests=entry.manifests if groups else last.manifests,
+        loss_tokens=entry.loss_tokens if groups else last.loss_tokens,
         batch_size=entry.batch_size if batch_size else last.batch_size,
     )
     return None if edited == last else replace(edited, why=EDITED)

@@ -7,12 +7,13 @@ credits of their own, and the same rule chooses among them.
 
 The bound. The sum of K credits stays 0. Let `T_j` be the largest sum of j of them; then `T_j <= j (K - j) M` for ever,
 with `M` the most tokens a sequence has, whatever the weights and however they are switched on and off, so no credit
-leaves `-(K - 1) M .. (K - 1) M`. Proof by induction over sequences. Take any set of j that does not hold the giver (with
-it, its sum does not grow), of which m have weight 0 and j - m not; if all have weight 0 the sum stays. Else each of the
-j - m is owed no more than the giver, so their sum is at most `(j - m) / (j - m + 1)` of theirs and the giver's together:
-the set's sum is at most the mean of `T_m` and `T_{j+1}` with weights 1 and j - m. As `x (K - x)` curves by -2, that
-mean is at most `(j (K - j) - (j - m)) M`, and the step adds at most `M`. Where no weight is 0, the giver is owed 0 or
-more before, so credits stay above `-M`, and by the same induction with m = 0 at most `(1 + 1/2 + ... + 1/(K - 1)) M`.
+leaves `-(K - 1) M .. (K - 1) M`. Proof by induction over sequences. Take any set of j that does not hold the giver
+(with it, its sum does not grow), of which m have weight 0 and j - m not; if all have weight 0 the sum stays. Else each
+of the j - m is owed no more than the giver, so their sum is at most `(j - m) / (j - m + 1)` of theirs and the giver's
+together: the set's sum is at most the mean of `T_m` and `T_{j+1}` with weights 1 and j - m. As `x (K - x)` curves by
+-2, that mean is at most `(j (K - j) - (j - m)) M`, and the step adds at most `M`. Where no weight was ever 0, the giver
+is owed 0 or more before, so credits stay above `-M`, and by the same induction with m = 0 none exceeds
+`(1 + 1/2 + ... + 1/(K - 1)) M`.
 """
 
 from __future__ import annotations

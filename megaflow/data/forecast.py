@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from megaflow.data.ledger import LedgerEntry, build_sampler
+from megaflow.data.estimate import in_sequences
+from megaflow.data.ledger import LedgerEntry, build_sampler, consumed
 from megaflow.data.mix import Sampler
 from megaflow.data.schedule import ONE
 from megaflow.errors import UserError
@@ -24,6 +25,8 @@ class SourceForecast:
     name: str
     sequences: int
     tokens: int
+    loss_tokens: int | None
+    """Where weights are shares of tokens with loss: how many of those, by the source's average."""
     windows: int
     """Sequences in an epoch."""
     cap: Decimal | None
@@ -39,7 +42,10 @@ class SourceForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run of `steps` steps: its sources by group, and each group's largest cumulative deviation in sequences."""
+    """A run of `steps` steps: its sources by group, and each group's largest cumulative deviation in sequences.
+
+    Where weights are shares of tokens with loss it is an estimate, and has no deviations.
+    """
 
     steps: int
     sources: list[SourceForecast]
@@ -68,6 +74,8 @@ class Forecast:
             cap = "none" if s.cap is None else f"{s.cap}, " + (f"step {s.capped_at}" if s.capped_at else "not reached")
             numbers = f"{s.sequences:>14,}  {s.tokens:>18,}  {float(s.epochs):>10.3f}"
             lines.append(f"{s.name:<{width}}  {s.group:<{width}}  {numbers}  {cap}")
+        if not self.deviations:
+            return [*lines, *self._shares()]
         total = sum(s.sequences for s in self.sources)
         for group, deviation in self.deviations.items():
             sequences = sum(s.sequences for s in self.sources if s.group == group)
@@ -77,6 +85,16 @@ class Forecast:
             )
         return lines
 
+    def _shares(self) -> Iterator[str]:
+        """Groups by tokens with loss."""
+        given: dict[str, int] = {}
+        for s in self.sources:
+            given[s.group] = given.get(s.group, 0) + (s.loss_tokens or 0)
+        total = sum(given.values())
+        for group, tokens in given.items():
+            yield f"group {group}: {100 * tokens / total:.2f} % of {total:,} tokens with loss in {self.steps:,} steps"
+        yield "an estimate: each sequence taken to have its source's average of tokens with loss"
+
     def summary(self) -> str:
         """One line: epochs of every source."""
         epochs = ", ".join(f"{source.name} {float(source.epochs):.3g}" for source in self.sources)
@@ -84,8 +102,12 @@ class Forecast:
 
 
 def forecast(ledger: Sequence[LedgerEntry], steps: int, caps: Mapping[str, Decimal]) -> Forecast:
-    """Simulate a run of `steps` steps from its first: about 0.2 s per million steps with the host library."""
-    sampler = build_sampler(ledger)
+    """Simulate a run of `steps` steps from its first: about 0.2 s per million steps with the host library.
+
+    By tokens with loss it is an estimate: the data are not read.
+    """
+    sampler = build_sampler(in_sequences(ledger))
+    epochs = ledger[-1].loss_tokens
     limits = {
         k: Fraction(caps[source.name]) * source.windows
         for k, source in enumerate(sampler.sources)
@@ -94,19 +116,20 @@ def forecast(ledger: Sequence[LedgerEntry], steps: int, caps: Mapping[str, Decim
     reached: dict[int, int] = {}
     while sampler.step < steps:
         chunk = min(-(-steps // CHUNKS), steps - sampler.step)
-        after = _consumed(sampler, chunk)
+        after = _taken(sampler, chunk)
         for k in [k for k, limit in limits.items() if k not in reached and after[k] >= limit]:
             reached[k] = sampler.step + _first(sampler, chunk, k, limits[k])
         sampler.skip(chunk)
     group_of = {source.name: group.name for group in sampler.groups for source in group.sources}
-    consumed = dict(zip((source.name for source in sampler.sources), sampler.consumed, strict=True))
+    taken = consumed(sampler.state_dict())
     index = {source.name: k for k, source in enumerate(sampler.sources)}
     sources = [
         SourceForecast(
             group=group_of[source.name],
             name=source.name,
-            sequences=consumed[source.name],
-            tokens=consumed[source.name] * sampler.seq_length,
+            sequences=taken.get(source.name, 0),
+            tokens=taken.get(source.name, 0) * sampler.seq_length,
+            loss_tokens=None if epochs is None else taken.get(source.name, 0) * epochs[source.name] // source.windows,
             windows=source.windows,
             cap=caps.get(source.name),
             capped_at=reached.get(index[source.name]),
@@ -114,13 +137,13 @@ def forecast(ledger: Sequence[LedgerEntry], steps: int, caps: Mapping[str, Decim
         for group in sampler.groups
         for source in group.sources
     ]
-    names = [group.name for group in sampler.groups]
-    return Forecast(steps, sources, {g: worst / ONE for g, worst in zip(names, sampler.deviations, strict=True)})
+    worst = {} if epochs else zip((group.name for group in sampler.groups), sampler.deviations, strict=True)
+    return Forecast(steps, sources, {name: deviation / ONE for name, deviation in dict(worst).items()})
 
 
-def _consumed(sampler: Sampler, steps: int) -> list[int]:
+def _taken(sampler: Sampler, steps: int) -> list[int]:
     """Sequences taken from each of `sampler.sources` some steps on."""
-    taken = {s["name"]: s["consumed"] for group in sampler.replay(steps)["groups"] for s in group["sources"]}
+    taken = consumed(sampler.replay(steps))
     return [taken.get(source.name, 0) for source in sampler.sources]
 
 
@@ -129,5 +152,5 @@ def _first(sampler: Sampler, chunk: int, k: int, limit: Fraction) -> int:
     low, high = 0, chunk
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _consumed(sampler, middle)[k] >= limit else (middle, high)
+        low, high = (low, middle) if _taken(sampler, middle)[k] >= limit else (middle, high)
     return high

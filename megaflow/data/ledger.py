@@ -12,11 +12,12 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megaflow.data.deficit import LossTokens
 from megaflow.data.groups import GroupSpec, Mix, SourceSpec
 from megaflow.data.mix import Sampler
 from megaflow.data.schedule import ONE, CompiledSchedule
@@ -36,6 +37,8 @@ class LedgerEntry:
         groups: the language groups with their sources and weights.
         manifests: source name -> hash of its corpus's manifest.
         why: for the reader of the ledger.
+        loss_tokens: source name -> about how many tokens with loss an epoch has, where weights are shares of those;
+            None where they are shares of sequences.
     """
 
     first_step: int
@@ -46,6 +49,12 @@ class LedgerEntry:
     groups: tuple[GroupSpec, ...]
     manifests: Mapping[str, str]
     why: str
+    loss_tokens: Mapping[str, int] | None = None
+
+    @property
+    def unit(self) -> str:
+        """What the weights are shares of."""
+        return "sequences" if self.loss_tokens is None else "loss_tokens"
 
     @property
     def mix(self) -> Mix:
@@ -56,9 +65,9 @@ class LedgerEntry:
         """Refuse an entry that a run cannot change to.
 
         Raises:
-            UserError: another seed or sequence length, another corpus of a source, or as `Mix.check_follows`.
+            UserError: another seed, sequence length or unit, another corpus of a source, or as `Mix.check_follows`.
         """
-        for name in ("seed", "seq_length"):
+        for name in ("seed", "seq_length", "unit"):
             if getattr(self, name) != getattr(earlier, name):
                 raise UserError(
                     f"{name} is {getattr(earlier, name)} in this run, not {getattr(self, name)}: it stays as it is"
@@ -88,6 +97,7 @@ class LedgerEntry:
                         "documents": source.documents,
                         "weight": weight,
                     }
+                    | ({} if self.loss_tokens is None else {"loss_tokens": self.loss_tokens[source.name]})
                     for source, weight in zip(group.sources, group.weights, strict=True)
                 ],
             }
@@ -99,6 +109,7 @@ class LedgerEntry:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "seq_length": self.seq_length,
+            "unit": self.unit,
             "schedule": self.schedule.to_json(),
             "groups": groups,
         }
@@ -114,6 +125,7 @@ class LedgerEntry:
             )
             for group in data["groups"]
         )
+        sources = [source for group in data["groups"] for source in group["sources"]]
         return cls(
             first_step=int(data["first_step"]),
             schedule=CompiledSchedule.from_json(data["schedule"]),
@@ -121,8 +133,11 @@ class LedgerEntry:
             seed=int(data["seed"]),
             seq_length=int(data["seq_length"]),
             groups=groups,
-            manifests={source["name"]: source["manifest"] for group in data["groups"] for source in group["sources"]},
+            manifests={source["name"]: source["manifest"] for source in sources},
             why=data["why"],
+            loss_tokens={source["name"]: int(source["loss_tokens"]) for source in sources}
+            if data.get("unit") == "loss_tokens"
+            else None,
         )
 
     def check_manifests(self, manifests: Mapping[str, str]) -> None:
@@ -159,15 +174,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def append_entry(path: Path, read: Sequence[LedgerEntry], entry: LedgerEntry) -> None:
-    """Append to the ledger that was read as `read`; call it under `locked`.
+def replace_ledger(path: Path, read: Sequence[LedgerEntry], now: Sequence[LedgerEntry]) -> None:
+    """Write `now` over the ledger that was read as `read`; call it under `locked`.
 
     Raises:
-        UserError: somebody has appended to it since.
+        UserError: somebody has changed it since.
     """
     if read_ledger(path) != list(read):
         raise UserError(f"{path}: was changed meanwhile; do it again on the ledger as it is now")
-    write_ledger(path, [*read, entry])
+    write_ledger(path, now)
+
+
+def append_entry(path: Path, read: Sequence[LedgerEntry], entry: LedgerEntry) -> None:
+    """Append to the ledger that was read as `read`; as `replace_ledger`."""
+    replace_ledger(path, read, [*read, entry])
 
 
 def read_ledger(path: Path) -> list[LedgerEntry]:
@@ -195,8 +215,14 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
     return entries
 
 
-def build_sampler(ledger: Sequence[LedgerEntry], use_native: bool = True) -> Sampler:
+def build_sampler(
+    ledger: Sequence[LedgerEntry], use_native: bool = True, loss_tokens: LossTokens | None = None
+) -> Sampler:
     """The sampler that a run's ledger describes, before its first step; it changes from entry to entry by itself.
+
+    Args:
+        loss_tokens: counts a sequence's labels with loss (flat source index, epoch, window). Only a ledger whose
+            weights are shares of tokens with loss asks for it, and only to plan: without it, that raises ValueError.
 
     Raises:
         UserError: an entry does not follow the one before it.
@@ -205,10 +231,15 @@ def build_sampler(ledger: Sequence[LedgerEntry], use_native: bool = True) -> Sam
     first, *later = ledger
     if first.first_step != 1:
         raise ValueError(f"the first entry is from step {first.first_step} on, not 1")
-    sampler = Sampler(first.seed, first.batch_size, first.seq_length, first.groups, first.schedule, use_native)
+    counter = None if first.unit == "sequences" else loss_tokens or _uncounted
+    sampler = Sampler(first.seed, first.batch_size, first.seq_length, first.groups, first.schedule, use_native, counter)
     for entry in later:
         sampler.change(entry.first_step, entry.batch_size, entry.groups, entry.schedule)
     return sampler
+
+
+def _uncounted(source: int, epoch: int, window: int) -> int:
+    raise ValueError("a plan by tokens with loss needs the run's sources")
 
 
 def entry_at(ledger: Sequence[LedgerEntry], step: int) -> LedgerEntry:
@@ -222,6 +253,18 @@ def entries_from(ledger: Sequence[LedgerEntry], step: int) -> list[LedgerEntry]:
     return [
         entry for entry, end in zip(ledger, following, strict=True) if end is None or end > max(step, entry.first_step)
     ]
+
+
+def postponed(entry: LedgerEntry, step: int) -> LedgerEntry:
+    """The entry from `step` on, where it was to hold earlier."""
+    if entry.first_step >= step:
+        return entry
+    return replace(entry, first_step=step, why=f"{entry.why} (asked for step {entry.first_step})")
+
+
+def consumed(state: Mapping[str, Any]) -> dict[str, int]:
+    """Sequences taken so far of each source that a sampler's state knows."""
+    return {source["name"]: source["consumed"] for group in state["groups"] for source in group["sources"]}
 
 
 def source_names(ledger: Sequence[LedgerEntry]) -> list[str]:

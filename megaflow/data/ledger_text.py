@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from megaflow.data.estimate import in_sequences
 from megaflow.data.ledger import LedgerEntry, build_sampler
 from megaflow.data.schedule import ONE
 
@@ -22,9 +23,10 @@ def history(ledger: Sequence[LedgerEntry], last_step: int) -> Iterator[str]:
             yield f"from step {first} on: after the run's last step {last_step}; batch {entry.batch_size}; {entry.why}"
             continue
         following = min(following or last_step + 1, last_step + 1)
-        yield f"step {first} to {following - 1}: batch {entry.batch_size}; {entry.why}"
-        sampler = build_sampler(ledger[: number + 1])
-        start, end = (sampler.weights_at(step) for step in (first, following - 1))
+        unit = "" if entry.loss_tokens is None else "; shares of tokens with loss"
+        yield f"step {first} to {following - 1}: batch {entry.batch_size}{unit}; {entry.why}"
+        sampler = build_sampler(in_sequences(ledger[: number + 1]))
+        start, end = (entry.schedule.weights(sampler.clock_at(step)) for step in (first, following - 1))
         for group, a, b in zip(entry.groups, start, end, strict=True):
             ratio = share(a) if a == b else f"{share(a)} to {share(b)}"
             sources = (f"{s.name} {share(w)}" for s, w in zip(group.sources, group.weights, strict=True))
@@ -37,7 +39,7 @@ def differences(one: Sequence[LedgerEntry], other: Sequence[LedgerEntry]) -> Ite
         if a is None or b is None:
             yield f"entry {number}: only in the {'second' if a is None else 'first'}: {(a or b).describe()}"
             continue
-        for name in ("first_step", "batch_size", "seed", "seq_length", "why"):
+        for name in ("first_step", "batch_size", "seed", "seq_length", "unit", "why"):
             if (mine := getattr(a, name)) != (theirs := getattr(b, name)):
                 yield f"entry {number}: {name}: {mine!r}, in the second {theirs!r}"
         yield from (f"entry {number}: {line}" for line in _schedules(a, b))

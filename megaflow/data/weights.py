@@ -22,14 +22,14 @@ def temperature(sizes: Sequence[int], tau: Decimal) -> list[int]:
 
 
 def unimax(limits: Sequence[Fraction], budget: int) -> list[int]:
-    """UniMax (Chung et al., arXiv 2304.09151): `budget` sequences shared alike, but to no source more than its limit.
+    """UniMax (Chung et al., arXiv 2304.09151): a budget shared alike, but to no source more than its limit.
 
     From the smallest limit up each source gets `min(remaining / left, limit)`. Where the budget exceeds all limits
     together, weights are proportional to the limits.
 
     Args:
-        limits: most sequences of each source, its cap on epochs times its size; at least one above 0.
-        budget: sequences of the whole group over the run.
+        limits: most sequences, or tokens, that each source may give; at least one above 0.
+        budget: those of the whole group.
 
     Returns:
         Weights of sum `ONE`.

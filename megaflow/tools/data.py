@@ -42,8 +42,8 @@ def change(
     if bool(weights) == (config is not None):
         raise UserError("megaflow data change: give either --weights or --config")
     last = ledger[-1]
-    entry = _entry_of_config(config, last) if config is not None else _entry_of_weights(weights, last)
-    if entry == last:
+    entry = _entry_of_config(config, ledger, at_step) if config is not None else _entry_of_weights(weights, last)
+    if entry == replace(last, first_step=entry.first_step, why=entry.why):
         raise UserError("megaflow data change: this is the mix that the run has already; nothing to change")
     entry = replace(entry, first_step=at_step, why=why)
     _check_batch(run, began, entry)
@@ -177,16 +177,18 @@ def _entry_of_weights(text: str, last: LedgerEntry) -> LedgerEntry:
     return replace(last, schedule=compile_knots(last.schedule.clock, [Knot(0, [given[name] for name in groups])]))
 
 
-def _entry_of_config(file: Path, last: LedgerEntry) -> LedgerEntry:
-    """The entry that a config file describes; equal to the last one where it describes the same mix."""
+def _entry_of_config(file: Path, ledger: list[LedgerEntry], at_step: int) -> LedgerEntry:
+    """The entry that a config file describes from a step on; the last one where it describes the same mix."""
     from megaflow.config_load import load_config
-    from megaflow.data.configured import configured_entry
+    from megaflow.data.configured import configured_entry, with_unimax
     from megaflow.data.sources import open_sources
 
     config = load_config(file)
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
     sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
-    return replace(configured_entry(config, sources), first_step=last.first_step, why=last.why)
+    last, entry = ledger[-1], configured_entry(config, sources)
+    same = replace(entry, first_step=last.first_step, why=last.why)
+    return last if same == last else with_unimax(config, ledger, replace(entry, first_step=at_step))
 
 
 def _replace_mix(path: Path, began: dict[str, Any], file: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
-from megaflow.data.ledger import LedgerEntry, locked, read_ledger, source_names, write_ledger
+from megaflow.data.ledger import LedgerEntry, locked, postponed, read_ledger, source_names, write_ledger
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.run import Run
@@ -64,8 +63,7 @@ def _news(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
     for entry in ledger[len(run.ledger) :]:
         if entry.first_step < step:
             lines.append(f"step {entry.first_step} is past: the change of mix takes effect at step {step}")
-            entry = replace(entry, first_step=step, why=f"{entry.why} (asked for step {entry.first_step})")
-        entries.append(entry)
+        entries.append(postponed(entry, step))
     if lines:
         write_ledger(path, [*run.ledger, *entries])
     return lines, [entry.to_json() for entry in entries]

@@ -16,15 +16,16 @@ import torch
 from megaflow.checkpoint.store import step_directories
 from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
-from megaflow.data.configured import caps, configured_entry, edited_entry
+from megaflow.data.configured import caps, configured_entry, edited_entry, with_unimax
 from megaflow.data.forecast import Forecast, forecast
 from megaflow.data.ledger import (
     LedgerEntry,
-    append_entry,
     build_sampler,
     entries_from,
     locked,
+    postponed,
     read_ledger,
+    replace_ledger,
     source_names,
     write_ledger,
 )
@@ -53,7 +54,8 @@ class OpenMix:
     sources: list[Source]
     """In the order in which the run came to know them: their index is the sampler's flat source index."""
     ledger: list[LedgerEntry]
-    is_new: bool
+    read: list[LedgerEntry]
+    """The ledger as the run's folder has it; empty for a new run."""
     edit: LedgerEntry | None
     """What an edited config adds to the ledger at the first step after the one resumed from."""
     forecast: Forecast
@@ -93,11 +95,12 @@ class Run:
             special = tokenizer.with_name("tokenizer_config.json")  # names a tokenizer.json's special pieces
             if tokenizer.suffix == ".json" and special.exists():
                 _replace(self.dir / special.name, special.read_bytes())
-            if self.mix.edit is not None:  # before the config: it is by the config that an edit is noticed
+            read = self.mix.read
+            if read and read != self.ledger:  # before the config: it is by the config that an edit is noticed
                 with locked(self.dir / "ledger.json"):
-                    append_entry(self.dir / "ledger.json", self.ledger[:-1], self.ledger[-1])
+                    replace_ledger(self.dir / "ledger.json", read, self.ledger)
             _replace(self.dir / "config.yaml", dump_config(self.config).encode())
-            if self.mix.is_new:
+            if not read:
                 write_ledger(self.dir / "ledger.json", self.ledger)
             discard_superseded(self.dir, self.sampler.step)
         except OSError as error:
@@ -107,7 +110,8 @@ class Run:
         """Lets an edited config take effect at the next step, once the state resumed from is known; what it changes."""
         if self.mix.edit is None:
             return None
-        entry, last = replace(self.mix.edit, first_step=self.sampler.step + 1), self.ledger[-1]
+        last = self.ledger[-1]
+        entry = _from_step(self.config, self.ledger, self.mix.edit, self.sampler.step + 1)
         if entry.first_step < last.first_step:
             raise UserError(
                 f"{self.dir}/ledger.json: has an entry from step {last.first_step} on, so the mix cannot be edited at "
@@ -116,6 +120,19 @@ class Run:
             )
         self.extend(entry)
         return f"the mix changes {entry.describe()}"
+
+    def continue_from(self, state: dict[str, Any], known: int) -> None:
+        """Goes back to a saved sampler state, before anything else is planned.
+
+        Args:
+            known: entries of the ledger when it was saved. A later one for a step that was trained by then, without
+                it, takes effect at the next step; `begin` writes that.
+        """
+        later, self.ledger[known:] = self.ledger[known:], []
+        self.sampler.forget(len(later))
+        self.sampler.load_state_dict(state)
+        for entry in later:
+            self.extend(postponed(entry, self.sampler.step + 1))
 
     def extend(self, entry: LedgerEntry) -> None:
         """Appends an entry to the ledger in memory and to the sampler."""
@@ -166,7 +183,8 @@ def plan_run(config: Config, device: torch.device) -> Run:
             )
     heldouts = open_heldouts(mix.sources, config.data.seq_length, config.data.verify)
     mix.forecast.check_caps()
-    return Run(config, tokenizer.sha256, heldouts, mix, build_sampler(mix.ledger))
+    sampler = build_sampler(mix.ledger, loss_tokens=lambda k, epoch, index: mix.sources[k].loss_tokens(epoch, index))
+    return Run(config, tokenizer.sha256, heldouts, mix, sampler)
 
 
 def open_mix(config: Config) -> OpenMix:
@@ -183,19 +201,27 @@ def open_mix(config: Config) -> OpenMix:
     saved = step_directories(run_dir / "checkpoints")
     if is_new and saved:
         raise UserError(f"run_dir: {run_dir} has checkpoints but no ledger.json; restore it or give a new folder")
-    ledger, edit = ([configured_entry(config, sources)], None) if is_new else _ledger_of(config, sources)
+    read, edit = ([], None) if is_new else _ledger_of(config, sources)
+    ledger = [configured_entry(config, sources)] if is_new else list(read)
     ahead = list(ledger)
     if edit is not None:
         newest = max([0, *(int(path.name.removeprefix("step-")) for path in saved)])
-        ahead.append(replace(edit, first_step=max(newest + 1, ledger[-1].first_step)))
+        ahead.append(_from_step(config, ledger, edit, max(newest + 1, ledger[-1].first_step)))
     by_name = {source.name: source for source in sources}
     return OpenMix(
         sources=[by_name[name] for name in source_names(ahead)],
         ledger=ledger,
-        is_new=is_new,
+        read=read,
         edit=edit,
         forecast=forecast(ahead, config.train.steps, caps(config)),
     )
+
+
+def _from_step(config: Config, ledger: list[LedgerEntry], edit: LedgerEntry, step: int) -> LedgerEntry:
+    """What an edited config asks for, from a step on."""
+    entry = replace(edit, first_step=step)
+    changed = entry.groups != ledger[-1].groups and step >= ledger[-1].first_step
+    return with_unimax(config, ledger, entry) if changed else entry
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -228,6 +254,11 @@ def _ledger_of(config: Config, sources: list[Source]) -> tuple[list[LedgerEntry]
     _check_resumable(config, began)
     ledger, entry = read_ledger(path), configured_entry(config, sources)
     last = ledger[-1]
+    if entry.unit != last.unit:
+        raise UserError(
+            f"data.unit: {entry.unit} differs from {last.unit}, which the run in {config.run_dir} was begun with; put "
+            "it back, or give a new run_dir"
+        )
     try:
         last.check_manifests(entry.manifests)
         edit = edited_entry(began, config, entry, last)

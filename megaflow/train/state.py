@@ -8,6 +8,7 @@ import torch
 
 from megaflow.checkpoint.shards import Shards, shards_of
 from megaflow.checkpoint.store import CheckpointStore
+from megaflow.data.ledger import LedgerEntry
 from megaflow.data.mix import Sampler
 from megaflow.errors import UserError
 from megaflow.model.placement import Placement
@@ -64,14 +65,14 @@ class TrainState:
         if manifest is None:
             return False
         scalars = manifest.scalars
-        trained = [entry for entry in scalars["ledger"] if entry["first_step"] <= manifest.step]
-        ledger = [entry.to_json() for entry in self.run.ledger if entry.first_step <= manifest.step]
-        if (trained, scalars["tokenizer_sha256"]) != (ledger, self.run.tokenizer_sha256):
+        saved = [LedgerEntry.from_json(entry) for entry in scalars["ledger"]]
+        known = (self.run.ledger[: len(saved)], self.run.tokenizer_sha256)  # entries are only ever appended
+        if (saved, scalars["tokenizer_sha256"]) != known:
             raise UserError(
                 f"{store.directory}: step {manifest.step} was saved with another ledger.json or tokenizer than the "
                 f"run's; restore the run's own files, or give a new run_dir"
             )
-        self.sampler.load_state_dict(scalars["sampler"])
+        self.run.continue_from(scalars["sampler"], len(saved))
         self.optimizer.steps.fill_(scalars["optimizer_steps"])
         self.optimizer.copy_master_to_params()
         totals = torch.tensor(scalars["totals"], dtype=torch.float64)

@@ -35,7 +35,7 @@ def test_the_forecast_is_what_planning_gives(first, second, windows, batch_size,
     owed, worst, reached = [0, 0], [0, 0], {}
     for step in range(1, steps + 1):
         size = sampler.batch_size
-        weights = sampler.weights_at(step)
+        weights = sampler.schedule.weights(sampler.clock_at(step))
         sampler.skip(1)
         owed = [due + size * w for due, w in zip(owed, weights, strict=True)]
         got = [sum(sampler.consumed[:2]), sampler.consumed[2]]
