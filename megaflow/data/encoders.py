@@ -64,7 +64,7 @@ def load_encoder(name: EncoderName, tokenizer: Tokenizer) -> Encode:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Without special tokens, as their names in a text are text, and whatever would cut or fill up texts."""
+    """Without special tokens: their names in a text are text."""
     if tokenizer.library == "sentencepiece":
         from megaflow.checkpoint.tokenizer_export import read_model, tokenizer_json
 
@@ -72,8 +72,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     added = content.get("added_tokens") or []
-    plain = [token for token in added if not token["special"]]
-    return {**content, "added_tokens": plain, "truncation": None, "padding": None}
+    return {**content, "added_tokens": [token for token in added if not token["special"]]}
 
 
 def _tokenizers(text: str) -> Encode:
