@@ -184,7 +184,7 @@ def _text(tokens: npt.NDArray[np.int32], loss: npt.NDArray[np.bool_], tokenizer:
             while last < len(ids) and ids[last] not in special and loss[last] == loss[first]:
                 last += 1
             decoded = tokenizer.decode(ids[:last])
-            if last < len(ids):  # of a character in the making its last token decides
+            if last < len(ids) and ids[last] not in special:  # a character goes with its last token
                 decoded = decoded.rstrip("\ufffd")
             piece = visible(decoded[len(done) :] if decoded.startswith(done) else tokenizer.decode(ids[first:last]))
             text.append(piece if loss[first] else piece.join(NO_LOSS), None if loss[first] else NO_LOSS_STYLE)
