@@ -59,14 +59,14 @@ class Corpus:
 
     Every method that reads raises UserError where the files are damaged.
 
-    Attributes: `prefix`, `manifest`, `num_tokens`, `num_documents`, `num_packs` (0 where it is not packed).
+    Attributes: `prefix`, `prefixes` (here only that), `manifest`, `num_tokens`, `num_documents`, `num_packs`.
     """
 
     def __init__(
         self, prefix: str | Path, manifest: Manifest, verify: Verify, sound: dict[str, bytearray] | None = None
     ) -> None:
         """As `open`, with the manifest read; `sound` is what an earlier opening found sound, by suffix, kept up."""
-        self.prefix = prefix
+        self.prefix, self.prefixes = prefix, [str(prefix)]
         self.manifest = manifest
         self.num_documents = documents = manifest.documents
         self.num_tokens = manifest.tokens

@@ -17,6 +17,12 @@ from megaflow.errors import UserError
 BLOCK_BYTES = 16 * 1024 * 1024
 """Bytes of a corpus file under one checksum."""
 
+SUMMED = (
+    *("documents", "tokens", "loss_tokens", "bytes", "loss_bytes"),
+    *("heldout_documents", "bad_records", "too_long", "duplicates"),
+)
+"""Fields of manifests that add up where corpora are read as one."""
+
 
 class TokenizerInfo(BaseModel):
     """Which tokenizer made a corpus."""
@@ -127,15 +133,28 @@ def read_manifest(path: Path) -> Manifest:
         UserError: the file is missing, is not JSON or lacks a field.
     """
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such corpus manifest; `megaflow prepare` writes one last") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """A manifest from its file's content; `name` says in messages where it came from.
+
+    Raises:
+        UserError: it is not JSON or lacks a field.
+    """
+    try:
+        return Manifest.model_validate_json(content.decode())
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: cannot be read: it is not UTF-8 text") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path}: not a corpus manifest: {where}: {first['msg']}") from error
+        raise UserError(f"{name}: not a corpus manifest: {where}: {first['msg']}") from error
 
 
 def hash_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> list[str]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from megaflow.data.blocks import Verify
-from megaflow.data.corpus import Corpus, Int32Array, Int64Array, corpus_path
+from megaflow.data.corpus import Int32Array, Int64Array
 from megaflow.data.order import window_offset
+from megaflow.data.prefixes import Paths
+from megaflow.data.shards import AnyCorpus, open_corpus, open_heldout_corpus
 from megaflow.errors import UserError
 
 
@@ -23,7 +25,7 @@ class Source(ABC):
 
     num_windows: int
 
-    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+    def __init__(self, name: str, corpus: AnyCorpus, seq_length: int) -> None:
         self.name = name
         self.corpus = corpus
         self.seq_length = seq_length
@@ -63,7 +65,7 @@ class Source(ABC):
 class TextSource(Source):
     """Running text: the tokens are a ring, window w of epoch e starts at token `(offset(e) + w * S) mod T`."""
 
-    def __init__(self, name: str, corpus: Corpus, seq_length: int, seed: int) -> None:
+    def __init__(self, name: str, corpus: AnyCorpus, seq_length: int, seed: int) -> None:
         super().__init__(name, corpus, seq_length)
         if corpus.num_tokens < seq_length:
             raise UserError(
@@ -100,7 +102,7 @@ class TextSource(Source):
 class PackedSource(Source):
     """Whole examples, packed by the preparation into windows of S; what a pack leaves free is padding without loss."""
 
-    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+    def __init__(self, name: str, corpus: AnyCorpus, seq_length: int) -> None:
         super().__init__(name, corpus, seq_length)
         packed = corpus.manifest.seq_length
         if packed != seq_length:
@@ -127,7 +129,7 @@ class PackedSource(Source):
 class SequentialSource(Source):
     """Running text from its first token to its last, each label once; the last window is padded. For evaluation."""
 
-    def __init__(self, name: str, corpus: Corpus, seq_length: int) -> None:
+    def __init__(self, name: str, corpus: AnyCorpus, seq_length: int) -> None:
         super().__init__(name, corpus, seq_length)
         self.num_windows = -(-(corpus.num_tokens - 1) // seq_length)
 
@@ -142,7 +144,7 @@ class SequentialSource(Source):
         return self.corpus.fill(*self._span(index), window)
 
 
-def _repack_command(corpus: Corpus, seq_length: int) -> str:
+def _repack_command(corpus: AnyCorpus, seq_length: int) -> str:
     """The command that made the corpus, for another sequence length."""
     command, changed = re.subn(r"(--seq-length[ =])\d+", rf"\g<1>{seq_length}", corpus.manifest.command)
     if not changed:
@@ -150,27 +152,29 @@ def _repack_command(corpus: Corpus, seq_length: int) -> str:
     return command if "--overwrite" in command else f"{command} --overwrite"
 
 
-def open_source(name: str, prefix: str | Path, seq_length: int, seed: int, verify: Verify = "lazy") -> Source:
-    """Open the corpus at `prefix` as training source `name`.
+def open_source(
+    name: str, paths: Paths, seq_length: int, seed: int, verify: Verify = "lazy", cache_dir: str | None = None
+) -> Source:
+    """Open the corpus at `paths` as training source `name`; `paths` and `cache_dir` are those of `open_corpus`.
 
     Raises:
         UserError: the corpus is missing, damaged, too short, or packed for another sequence length.
     """
-    corpus = Corpus.open(prefix, verify)
+    corpus = open_corpus(paths, verify, cache_dir)
     if corpus.manifest.kind == "text":
         return TextSource(name, corpus, seq_length, seed)
     return PackedSource(name, corpus, seq_length)
 
 
 def open_sources(
-    prefixes: Mapping[str, str | Path], seq_length: int, seed: int, verify: Verify = "lazy"
+    paths: Mapping[str, Paths], seq_length: int, seed: int, verify: Verify = "lazy", cache_dir: str | None = None
 ) -> list[Source]:
     """Open every source of a run, in order, and check that they go together.
 
     Raises:
         UserError: as `open_source`; or two of them were made with different tokenizers.
     """
-    sources = [open_source(name, prefix, seq_length, seed, verify) for name, prefix in prefixes.items()]
+    sources = [open_source(name, of_one, seq_length, seed, verify, cache_dir) for name, of_one in paths.items()]
     for source in sources[1:]:
         _check_tokenizers(sources[0], source)
     return sources
@@ -190,28 +194,31 @@ def heldout_prefix(prefix: str | Path) -> Path:
     return Path(f"{prefix}.heldout")
 
 
-def open_heldout(name: str, prefix: str | Path, seq_length: int, verify: Verify = "lazy") -> Source | None:
-    """The documents held out of the corpus at `prefix`, in order; None if its preparation held out none.
+def open_heldout(
+    name: str, paths: Paths, seq_length: int, verify: Verify = "lazy", cache_dir: str | None = None
+) -> Source | None:
+    """The documents held out of the corpus at `paths`, in order; None if its preparation held out none.
 
     Raises:
         UserError: as `open_source`.
     """
-    held = heldout_prefix(prefix)
-    if not corpus_path(held, "json").exists():
+    corpus = open_heldout_corpus(paths, verify, cache_dir)
+    if corpus is None:
         return None
-    corpus = Corpus.open(held, verify)
     if corpus.manifest.kind == "text":
         return SequentialSource(name, corpus, seq_length)
     return PackedSource(name, corpus, seq_length)
 
 
-def open_heldouts(sources: Sequence[Source], seq_length: int, verify: Verify = "lazy") -> list[Source | None]:
+def open_heldouts(
+    sources: Sequence[Source], seq_length: int, verify: Verify = "lazy", cache_dir: str | None = None
+) -> list[Source | None]:
     """The held-out documents of each source, None for one that has none.
 
     Raises:
         UserError: as `open_heldout`; or held-out documents were made with another tokenizer than their source.
     """
-    heldouts = [open_heldout(source.name, source.corpus.prefix, seq_length, verify) for source in sources]
+    heldouts = [open_heldout(source.name, source.corpus.prefixes, seq_length, verify, cache_dir) for source in sources]
     for source, held in zip(sources, heldouts, strict=True):
         if held is not None:
             _check_tokenizers(source, held)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from megaflow.data.corpus import Corpus
 from megaflow.data.loader import heldout_batches
+from megaflow.data.prefixes import Paths
+from megaflow.data.shards import open_corpus
 from megaflow.data.sources import open_heldout
 
 CHUNK = 2**24  # tokens counted at a time
 
 
-def unigram_loss(prefix: str | Path, seq_length: int, max_windows: int | None = None) -> float | None:
-    """Nats per token of a unigram model of the corpus at `prefix` on its held-out documents; None if there are none.
+def unigram_loss(
+    paths: Paths, seq_length: int, max_windows: int | None = None, cache_dir: str | None = None
+) -> float | None:
+    """Nats per token of a unigram model of the corpus at `paths` on its held-out documents; None if there are none.
 
     Token frequencies of the whole training text with one added to each, scored on the labels that evaluation scores
     (the first `max_windows` windows).
     """
-    held = open_heldout(str(prefix), prefix, seq_length)
+    held = open_heldout(str(paths), paths, seq_length, cache_dir=cache_dir)
     if held is None:
         return None
-    corpus = Corpus.open(prefix)
+    corpus = open_corpus(paths, cache_dir=cache_dir)
     counts = np.ones(corpus.manifest.tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, corpus.num_tokens, CHUNK):
         counts += np.bincount(corpus.tokens(start, min(start + CHUNK, corpus.num_tokens)), minlength=len(counts))
