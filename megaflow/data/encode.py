@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megaflow.data.corpus import Int64Array, token_dtype
 from megaflow.data.encoders import Encode, EncoderName, Ids, differences, load_encoder, own_encoder
@@ -27,6 +29,8 @@ SHOWN = 5
 """Bad records and too long examples that are named; all are counted."""
 CHUNKS_AHEAD = 4
 """Chunks given out per process before their results are waited for."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal to send to a process when its parent ends."""
 COMPARED_SHARE = 0.01
 """Share of documents, by hash of their text, that the tokenizer itself encodes too where another library does."""
 COMPARED_FIRST = 1000
@@ -43,6 +47,7 @@ class PrepareOptions:
     encoder: EncoderName | None = None
     seq_length: int | None = None
     heldout: float = 0.01
+    dedup: bool = True
     seed: int = 0
     workers: int = 1
     max_bad: float = 0.01
@@ -67,6 +72,7 @@ class Encoded:
     Attributes:
         tokens, mask: ids, and 0 where a token carries no loss (None if all do).
         lengths, bytes, loss_bytes, heldout: per document.
+        hashes: [D, 2] 128 bits of each document's text.
         records: how many records the chunk had; blank lines are none.
         bad, too_long: `file:line: reason` of the first few; `num_bad`, `num_too_long` count all.
         comparison: of the encoder with the tokenizer itself.
@@ -78,6 +84,7 @@ class Encoded:
     bytes: Int64Array
     loss_bytes: Int64Array
     heldout: npt.NDArray[np.bool_]
+    hashes: npt.NDArray[np.uint64]
     records: int
     num_bad: int
     num_too_long: int
@@ -126,6 +133,7 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions, compare_all: bool = Fals
         bytes=per_document(sizes)[fits],
         loss_bytes=per_document(sizes * loss)[fits],
         heldout=np.array([chosen(e.key, HELDOUT, options.heldout) for e in examples], np.bool_)[fits],
+        hashes=_hashes(examples)[fits],
         records=records,
         num_bad=len(bad),
         num_too_long=len(too_long),
@@ -133,6 +141,12 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions, compare_all: bool = Fals
         too_long=too_long[:SHOWN],
         comparison=comparison,
     )
+
+
+def _hashes(examples: Sequence[Example]) -> npt.NDArray[np.uint64]:
+    """[D, 2] hashes of documents' texts; the bounds of what the loss covers are part of a text."""
+    digests = (xxhash.xxh3_128_digest("\0".join(s.text for s in example.segments).encode()) for example in examples)
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
 
 def _framed(
@@ -198,9 +212,11 @@ def _compare(
 
 
 def _reset_signals() -> None:
-    """Leave Ctrl-C to the parent, which stops the workers; end on SIGTERM as processes do."""
+    """Leave Ctrl-C to the parent, which stops the workers; end on SIGTERM as processes do, and with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with suppress(OSError, AttributeError):  # of Linux; workers of a killed parent would wait for ever
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def encode_all(chunks: Iterator[Chunk], options: PrepareOptions, before: int = 0) -> Iterator[Encoded]:

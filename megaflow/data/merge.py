@@ -20,7 +20,7 @@ from megaflow.errors import UserError
 
 COPIED_TOKENS = 1 << 22
 """Tokens copied at a time, unless one document has more."""
-SUMMED = ("bytes", "loss_bytes", "heldout_documents", "bad_records", "too_long")
+SUMMED = ("bytes", "loss_bytes", "heldout_documents", "bad_records", "too_long", "duplicates")
 """Fields of manifests that add up."""
 OWN = ("documents", "tokens", "loss_tokens", "packs", "blocks", "block_bytes", "command", "shuffle_seed")
 """Fields that each corpus has its own of; all others must agree."""

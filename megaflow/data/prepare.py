@@ -6,31 +6,33 @@ random generators nothing is used.
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
+from megaflow import __version__
 from megaflow.data.corpus import Int64Array, corpus_path, pack_suffix, token_dtype
-from megaflow.data.encode import SHOWN, Encoded, PrepareOptions, encode_all
+from megaflow.data.dedup import duplicates
+from megaflow.data.encode import PrepareOptions, encode_all
 from megaflow.data.manifest import EncoderInfo, Manifest, TokenizerInfo
-from megaflow.data.order import hash_ints, perm_many
-from megaflow.data.packing import pack
-from megaflow.data.readers import Chunk, file_format, read_chunks
+from megaflow.data.readers import Chunk, Format, input_files, read_chunks
+from megaflow.data.shuffle import Limits, packed, shuffled, write_in_order
 from megaflow.data.sources import heldout_prefix
-from megaflow.data.tokenizer import load_tokenizer
-from megaflow.data.writer import CorpusWriter, remove_corpus, remove_temporaries, temporary_path
+from megaflow.data.spool import Mark, Spool
+from megaflow.data.tokenizer import Tokenizer, load_tokenizer
+from megaflow.data.writer import CorpusWriter, locked, remove_corpus, remove_temporaries, temporary_path
 from megaflow.errors import UserError
 
-GATHER_TOKENS = 1 << 22
-"""Tokens copied at a time into the shuffled corpus."""
-
-Progress = Callable[[int], None]
-"""Called with the number of input bytes done so far."""
+Progress = Callable[[int, int], None]
+"""Called with the number of input bytes done so far, and of all."""
+FREE = ("tokenizer", "dedup", "seed", "language", "workers", "max_bad", "overwrite", "command")
+"""Options that what is kept of a preparation does not depend on; the tokenizer is compared by its content."""
 
 
 @dataclass
@@ -43,69 +45,43 @@ class PrepareReport:
     num_bad: int = 0
     num_too_long: int = 0
     num_compared: int = 0
+    num_duplicates: int = 0
     bad: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
 
 
-class _Spool:
-    """Encoded documents in input order: tokens and mask in temporary files, one entry per document in memory."""
-
-    def __init__(self, prefix: Path, dtype: np.dtype, masked: bool) -> None:
-        self.dtype = dtype
-        self.paths = [temporary_path(prefix, f"spool-{part}") for part in ("tokens", "mask")]
-        self.files: list[IO[bytes]] = [path.open("wb") for path in self.paths]
-        self.masked = masked
-        self.columns: list[npt.NDArray[np.int64]] = []
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file, path in zip(self.files, self.paths, strict=True):
-            file.close()
-            path.unlink(missing_ok=True)
-
-    def add(self, encoded: Encoded) -> None:
-        self.files[0].write(encoded.tokens.tobytes())
-        if self.masked and encoded.mask is not None:
-            self.files[1].write(encoded.mask.tobytes())
-        columns = (encoded.lengths, encoded.bytes, encoded.loss_bytes, encoded.heldout)
-        self.columns.append(np.stack([column.astype(np.int64) for column in columns]))
-
-    def documents(self) -> npt.NDArray[np.int64]:
-        """[4, D] length, bytes, loss bytes and held out or not, of every document."""
-        return np.concatenate([np.empty((4, 0), np.int64), *self.columns], axis=1)
-
-    def copy(self, writer: CorpusWriter, order: Int64Array, lengths: Int64Array) -> None:
-        """Append the documents `order` to `writer`; `lengths` are those of all documents."""
-        for file in self.files:
-            file.flush()
-        tokens = np.memmap(self.paths[0], dtype=self.dtype, mode="r")
-        mask = np.memmap(self.paths[1], dtype=np.uint8, mode="r") if self.masked else None
-        starts = np.cumsum(lengths) - lengths
-        cuts = np.searchsorted(np.cumsum(lengths[order]), np.arange(GATHER_TOKENS, lengths.sum(), GATHER_TOKENS))
-        for part in np.split(order, np.unique(cuts)):
-            if len(part):
-                sizes = lengths[part]
-                index = np.repeat(starts[part] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-                writer.add_documents(tokens[index], sizes.astype(np.int32), None if mask is None else mask[index])
-
-
 def prepare_corpus(
-    prefix: str | Path, inputs: Sequence[str | Path], options: PrepareOptions, progress: Progress | None = None
+    prefix: str | Path,
+    inputs: Sequence[str | Path],
+    options: PrepareOptions,
+    progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> PrepareReport:
     """Make the corpus `<prefix>` (and `<prefix>.heldout`) of the input files, in their order.
 
     Nothing appears under a final name unless everything succeeded. A corpus that is replaced is there whole until the
     new one is complete beside it; while they change places there is none.
 
+    Tokenised documents are kept in the folder `.tmp-<name>.work` until the corpus is complete. However a preparation
+    ends before that, by an error, Ctrl-C or kill -9, the same call continues it, and the corpus is the one that an
+    undisturbed preparation gives.
+
+    Args:
+        limits: on what is held in memory; the corpus does not depend on them.
+
     Raises:
-        UserError: an input or option is wrong, too many records are bad, there is nothing to train on, or the corpus
-            cannot be written.
+        UserError: an input or option is wrong, too many records are bad, there is nothing to train on, another process
+            is preparing a corpus of this name, or it cannot be written.
     """
     prefix = Path(prefix)
     try:
-        return _prepare(prefix, inputs, options, progress)
+        _check_place(prefix, options)
+        files = input_files(inputs, options.txt_per_line)
+        tokenizer = load_tokenizer(options.tokenizer)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with locked(prefix):
+            _check_place(prefix, options)  # another process may have come before
+            return _prepare(prefix, files, options, tokenizer, progress, limits or Limits())
     except OSError as error:  # of the outputs: readers name their own files
         where = f"{prefix}: " + (f"{error.filename}: " if error.filename else "")
         raise UserError(
@@ -130,88 +106,130 @@ def _check_place(prefix: Path, options: PrepareOptions) -> None:
 
 
 def _prepare(
-    prefix: Path, inputs: Sequence[str | Path], options: PrepareOptions, progress: Progress | None
+    prefix: Path,
+    files: Sequence[tuple[Path, Format]],
+    options: PrepareOptions,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+    limits: Limits,
 ) -> PrepareReport:
-    _check_place(prefix, options)
-    formats = [file_format(Path(path), options.txt_per_line) for path in inputs]
-    tokenizer = load_tokenizer(options.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     for side in (prefix, heldout_prefix(prefix)):
         remove_temporaries(side)
-    report = PrepareReport()
-
-    def chunks() -> Iterator[Chunk]:
-        before = 0
-        for path, format in zip(map(Path, inputs), formats, strict=True):
-            for chunk in read_chunks(path, format, options.format.fields):
-                if progress is not None:
-                    progress(before + chunk.bytes_read)
-                yield chunk
-            before += path.stat().st_size
-
-    with _Spool(prefix, dtype, options.format.loss == "response") as spool:
-        for encoded in encode_all(chunks(), options):
-            spool.add(encoded)
-            _count(report, encoded)
-        _check_bad(report, options.max_bad)
-        _write(prefix, spool, options, TokenizerInfo.of(tokenizer), report)
+    about = TokenizerInfo.of(tokenizer)
+    made_by = {
+        "version of megaflow": __version__,
+        "tokenizer": about.model_dump(exclude={"path"}),
+        "options": {name: value for name, value in asdict(options).items() if name not in FREE},
+    }
+    status = [(str(path), path.stat()) for path, _ in files]
+    unchanged = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in status]
+    masked = options.format.loss == "response"
+    folder = temporary_path(prefix, "work")
+    spool = Spool(folder, token_dtype(tokenizer.vocab_size), masked, made_by, unchanged, limits.piece_bytes)
+    try:
+        with spool:
+            if spool.discarded:
+                _say(f"{prefix}: what an earlier run kept is of other {', '.join(spool.discarded)}: discarded")
+            elif spool.mark.records:
+                _say(f"{prefix}: continues after the first {spool.mark.records:,} records, which an earlier run kept")
+            _encode(files, options, spool, progress)
+            report = _write(prefix, spool, options, about, limits)
+    except BaseException:
+        if spool.saved.documents:
+            _say(
+                f"{prefix}: {spool.saved.records:,} records are kept in {folder}: the same command continues after them"
+            )
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
     return report
 
 
-def _count(report: PrepareReport, encoded: Encoded) -> None:
-    report.records += encoded.records
-    report.num_bad += encoded.num_bad
-    report.num_too_long += encoded.num_too_long
-    report.num_compared += encoded.comparison.documents
-    report.bad += encoded.bad[: SHOWN - len(report.bad)]
-    report.too_long += encoded.too_long[: SHOWN - len(report.too_long)]
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-def _check_bad(report: PrepareReport, max_bad: float) -> None:
-    if report.num_bad > max_bad * report.records:
+def _encode(
+    files: Sequence[tuple[Path, Format]], options: PrepareOptions, spool: Spool, progress: Progress | None
+) -> None:
+    """Tokenise what the spool does not have yet."""
+    sizes = [path.stat().st_size for path, _ in files]
+    begun = spool.mark
+    places: deque[tuple[int, int]] = deque()  # of the chunks on their way: file, number in it
+
+    def chunks() -> Iterator[Chunk]:
+        for number, (path, format) in enumerate(files[begun.inputs :], start=begun.inputs):
+            before, skip = sum(sizes[:number]), begun.chunks if number == begun.inputs else 0
+            for chunk_number, chunk in enumerate(
+                read_chunks(path, format, options.format.fields, skip), start=skip + 1
+            ):
+                if progress is not None:
+                    progress(before + chunk.bytes_read, sum(sizes))
+                places.append((number, chunk_number))
+                yield chunk
+
+    for encoded in encode_all(chunks(), options, begun.records):
+        spool.add(encoded, *places.popleft())
+    spool.complete(len(files))
+
+
+def _check(mark: Mark, documents: int, heldout: int, max_bad: float) -> None:
+    """Refuse too many bad records, and nothing to train on."""
+    if mark.num_bad > max_bad * mark.records:
         raise UserError(
-            f"{report.num_bad} of {report.records} records cannot be used, more than --max-bad {max_bad:g} allows; "
-            f"the first: {report.bad[0]}"
+            f"{mark.num_bad} of {mark.records} records cannot be used, more than --max-bad {max_bad:g} allows; "
+            f"the first: {mark.bad[0]}"
         )
+    if documents == heldout:
+        left_out = f", {mark.num_too_long} are longer than --seq-length" if mark.num_too_long else ""
+        raise UserError(f"no documents to train on: of {mark.records} records {heldout} are held out{left_out}")
 
 
 def _write(
-    prefix: Path, spool: _Spool, options: PrepareOptions, tokenizer: TokenizerInfo, report: PrepareReport
-) -> None:
-    """Shuffle, pack and write both sides of the spooled documents."""
-    columns = spool.documents()
-    lengths, heldout = columns[0], columns[3].astype(np.bool_)
-    if not np.any(~heldout):
-        left_out = f", {report.num_too_long} are longer than --seq-length" if report.num_too_long else ""
-        raise UserError(f"no documents to train on: of {report.records} records {heldout.sum()} are held out{left_out}")
-    total = len(lengths)
-    order = perm_many(hash_ints(options.seed, total), total, np.arange(total, dtype=np.int64))
+    prefix: Path, spool: Spool, options: PrepareOptions, tokenizer: TokenizerInfo, limits: Limits
+) -> PrepareReport:
+    """Leave out duplicates, shuffle, pack and write both sides of the spooled documents."""
+    if options.dedup and spool.mark.documents:
+        spool.left_out = duplicates(spool, limits.partition_documents)
+    sums = np.zeros((2, 3), np.int64)  # documents, bytes and loss bytes; of those to train on and of those held out
+    for rows in spool.rows():
+        for side in (0, 1):
+            chosen = rows[rows["heldout"] == side]
+            sums[side] += [len(chosen), chosen["bytes"].sum(), chosen["loss_bytes"].sum()]
+    documents, mark = int(sums[:, 0].sum()), spool.mark
+    _check(mark, documents, int(sums[1, 0]), options.max_bad)
+    report = PrepareReport(
+        records=mark.records,
+        num_compared=mark.num_compared,
+        num_duplicates=mark.documents - documents,
+        num_bad=mark.num_bad,
+        num_too_long=mark.num_too_long,
+        bad=list(mark.bad),
+        too_long=list(mark.too_long),
+    )
     with ExitStack() as stack:
-        finished = []
-        for held in (True, False):
-            chosen_documents = order[heldout[order] == held]
-            if len(chosen_documents):
-                side = heldout_prefix(prefix) if held else prefix
-                writer = stack.enter_context(CorpusWriter(side, spool.dtype))
-                packs = None
-                if options.seq_length is not None:
-                    inside, before = pack(lengths[chosen_documents].astype(np.int32), options.seq_length)
-                    chosen_documents, packs = chosen_documents[inside], len(before) - 1
-                    writer.write_packs(options.seq_length, before)
-                spool.copy(writer, chosen_documents, lengths)
-                sums = columns[1:3, chosen_documents].sum(axis=1)
-                manifest = writer.complete(_manifest(options, tokenizer, report, sums, packs, int(heldout.sum())))
-                finished.append((writer, manifest, held))
+        writers = [
+            (bool(side), stack.enter_context(CorpusWriter(heldout_prefix(prefix) if side else prefix, spool.dtype)))
+            for side in (0, 1)
+            if sums[side, 0]
+        ]
+        places = shuffled(options.seed, documents)
+        packs: Sequence[int | None] = [None, None]
+        if options.seq_length is not None:
+            places, packs = packed(spool, places, options.seq_length, writers)
+        write_in_order(spool, places, writers, limits)
+        manifests = [
+            writer.complete(_manifest(options, tokenizer, report, sums[int(held)], number, int(sums[1, 0])))
+            for (held, writer), number in zip(writers, packs, strict=False)
+        ]
         # the old corpus goes first, the new one's manifest comes last: held-out documents are never those of another
         remove_corpus(prefix)
         remove_corpus(heldout_prefix(prefix))
-        for writer, manifest, held in finished:
+        for _, writer in reversed(writers):
             writer.commit()
-            if held:
-                report.heldout = manifest
-            else:
-                report.manifest = manifest
+    report.manifest, report.heldout = (*manifests, None)[:2]
+    return report
 
 
 def _manifest(
@@ -230,8 +248,8 @@ def _manifest(
         documents=0,
         tokens=0,
         loss_tokens=0,
-        bytes=int(sums[0]),
-        loss_bytes=int(sums[1]),
+        bytes=int(sums[1]),
+        loss_bytes=int(sums[2]),
         tokenizer=tokenizer,
         encoder=None if other is None else EncoderInfo.of(other, report.num_compared),
         shuffle_seed=options.seed,
@@ -244,5 +262,6 @@ def _manifest(
         heldout_documents=heldout_documents,
         bad_records=report.num_bad,
         too_long=report.num_too_long,
+        duplicates=report.num_duplicates,
         command=options.command,
     )

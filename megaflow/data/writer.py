@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,7 @@ import numpy.typing as npt
 
 from megaflow.data.corpus import DTYPE_CODES, HEADER, MAGIC, Int64Array, corpus_path, pack_suffix
 from megaflow.data.manifest import Manifest, hash_blocks
+from megaflow.errors import UserError
 
 CHUNK = 1 << 20
 """Index entries written at a time."""
@@ -31,12 +34,14 @@ class CorpusWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.tokens = 0
         self.loss_tokens = 0
-        self._lengths: list[npt.NDArray[np.int32]] = []
+        self.documents = 0
         self._suffixes = ["bin", "idx", "mask"]
         self._masked = False
         self._mask_rest = np.empty(0, dtype=np.uint8)
         self._bin = self._temporary("bin").open("wb")
         self._mask = self._temporary("mask").open("wb")
+        self._idx = self._temporary("idx").open("w+b")
+        self._idx.write(bytes(HEADER.size))  # filled in when the documents are counted
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -44,8 +49,9 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        self._mask.close()
+        for file in (self._bin, self._mask, self._idx):
+            with suppress(OSError):  # of a full disk, which has been raised before
+                file.close()
         for suffix in [*self._suffixes, "json"]:
             self._temporary(suffix).unlink(missing_ok=True)
 
@@ -72,7 +78,8 @@ class CorpusWriter:
         whole = len(bits) // 8 * 8
         self._mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._mask_rest = bits[whole:]
-        self._lengths.append(lengths.astype(np.int32))
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self.documents += len(lengths)
         self.tokens += len(tokens)
 
     def write_packs(self, seq_length: int, documents_before: Int64Array) -> None:
@@ -81,31 +88,32 @@ class CorpusWriter:
         self._suffixes.append(suffix)
         self._temporary(suffix).write_bytes(documents_before.astype("<u8").tobytes())
 
-    def _write_index(self) -> int:
-        lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
-        with self._temporary("idx").open("wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, _code(self.dtype), len(lengths), len(lengths) + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            offset = 0
-            for i in range(0, len(lengths), CHUNK):
-                sizes = lengths[i : i + CHUNK].astype(np.int64) * self.dtype.itemsize
-                ends = offset + np.cumsum(sizes)
-                file.write((ends - sizes).astype("<i8").tobytes())
-                offset = int(ends[-1])
-            for i in range(0, len(lengths) + 1, CHUNK):
-                file.write(np.arange(i, min(i + CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
-        return len(lengths)
+    def _write_index(self) -> None:
+        """Behind the lengths: where each document begins, and the numbers of the documents; then the header."""
+        offset = 0
+        for i in range(0, self.documents, CHUNK):
+            self._idx.seek(HEADER.size + 4 * i)
+            lengths = np.frombuffer(self._idx.read(4 * min(CHUNK, self.documents - i)), "<i4")
+            ends = offset + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            self._idx.seek(0, os.SEEK_END)
+            self._idx.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for i in range(0, self.documents + 1, CHUNK):
+            self._idx.write(np.arange(i, min(i + CHUNK, self.documents + 1), dtype="<i8").tobytes())
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, 1, _code(self.dtype), self.documents, self.documents + 1))
+        self._idx.close()
 
     def complete(self, manifest: Manifest) -> Manifest:
         """Write everything still missing under temporary names; counts and checksums are filled in here."""
         self._mask.write(np.packbits(self._mask_rest, bitorder="little").tobytes())
         self._bin.close()
         self._mask.close()
-        documents = self._write_index()
+        self._write_index()
         if not self._masked:
             self._temporary("mask").unlink()
             self._suffixes.remove("mask")
-        counts = {"documents": documents, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
+        counts = {"documents": self.documents, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
         blocks = {suffix: hash_blocks(self._temporary(suffix), manifest.block_bytes) for suffix in self._suffixes}
         manifest = manifest.model_copy(update={**counts, "blocks": blocks})
         self._temporary("json").write_text(manifest.to_json(), encoding="utf-8")
@@ -128,6 +136,32 @@ def _code(dtype: np.dtype) -> int:
     return next(code for code, known in DTYPE_CODES.items() if known == dtype)
 
 
+@contextmanager
+def locked(prefix: Path) -> Iterator[None]:
+    """Keeps other processes from writing a corpus of this name.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    path = temporary_path(prefix, "lock")
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of those it forks
+            except (BlockingIOError, PermissionError):
+                raise UserError(
+                    f"{prefix}: another process is writing a corpus of this name; wait for it or give another name"
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break  # otherwise its last holder removed it between opening and locking
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def temporary_path(prefix: Path, suffix: str) -> Path:
     """Where a file is written before it gets the name `<prefix>.<suffix>`."""
     return prefix.with_name(f".tmp-{prefix.name}.{suffix}")
@@ -135,7 +169,7 @@ def temporary_path(prefix: Path, suffix: str) -> Path:
 
 def remove_temporaries(prefix: Path) -> None:
     """Remove what a killed preparation of this name left behind."""
-    ours = re.compile(re.escape(temporary_path(prefix, "").name) + r"(bin|idx|mask|json|spool-\w+|packs-\d+)")
+    ours = re.compile(re.escape(temporary_path(prefix, "").name) + r"(bin|idx|mask|json|packs-\d+)")
     for path in prefix.parent.iterdir():
         if ours.fullmatch(path.name):
             path.unlink()
@@ -143,7 +177,7 @@ def remove_temporaries(prefix: Path) -> None:
 
 def _sync_folder(prefix: Path) -> None:
     """Make the names in the prefix's folder last through a power cut."""
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+    with suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(prefix.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)

@@ -53,7 +53,9 @@ def prepare(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="INPUT...", help="JSONL or plain text (each also .zst) or Parquet. A .txt file is one document."
+            metavar="INPUT...",
+            help="JSONL or plain text (each also .zst), Parquet or Arrow, or a folder: of Parquet or JSONL files, or "
+            "saved by Hugging Face datasets. A .txt file is one document.",
         ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")],
@@ -104,6 +106,10 @@ def prepare(
     heldout: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of documents held out, by hash of their text, to OUT.heldout.")
     ] = 0.01,
+    dedup: Annotated[
+        bool,
+        typer.Option(help="Leave out documents whose text an earlier one has; of pairs and instructions all of it."),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of documents.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = os.cpu_count() or 1,
     max_bad: Annotated[
@@ -150,6 +156,7 @@ def prepare(
         encoder=None if encoder is None else encoder.value,
         seq_length=seq_length,
         heldout=heldout,
+        dedup=dedup,
         seed=seed,
         workers=workers,
         max_bad=max_bad,
@@ -166,7 +173,7 @@ def prepare(
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    """End as from an exception, so that temporary files are removed."""
+    """End as from an exception, so that files are closed and it is said what is kept."""
     sys.exit(128 + number)
 
 
@@ -180,11 +187,16 @@ def _prepare(out: Path, inputs: list[Path], options: PrepareOptions) -> PrepareR
     console = Console(stderr=True)
     if not console.is_terminal:
         return prepare_corpus(out, inputs, options)
-    total = sum(path.stat().st_size for path in inputs if path.is_file())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(out.name, total=total)
-        return prepare_corpus(out, inputs, options, lambda done: bar.update(task, completed=done))
+        task = bar.add_task(out.name, total=None)
+
+        def show(done: int, total: int) -> None:
+            if bar.tasks[0].total is None:  # what an earlier run kept says nothing about this one's speed
+                bar.reset(task, total=total, completed=done)
+            bar.update(task, completed=done)
+
+        return prepare_corpus(out, inputs, options, show)
 
 
 def _print_report(out: Path, report: PrepareReport) -> None:
@@ -198,6 +210,12 @@ def _print_report(out: Path, report: PrepareReport) -> None:
                 print(f"  {line}", file=sys.stderr)
             if count > len(shown):
                 print(f"  ... and {count - len(shown)} more", file=sys.stderr)
+    if report.num_duplicates:
+        print(
+            f"warning: {report.num_duplicates} of {report.records} records have the text of an earlier one and were "
+            "left out; --no-dedup keeps them",
+            file=sys.stderr,
+        )
     if report.manifest is not None:
         print(f"{out}: {_summary(report.manifest)}")
     if report.heldout is not None:

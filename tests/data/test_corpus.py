@@ -97,7 +97,8 @@ def test_offsets_beyond_four_gigabytes(tmp_path: Path) -> None:
     """The index of many large documents, without writing them."""
     writer = CorpusWriter(tmp_path / "a", np.dtype("<i4"))
     with writer:
-        writer._lengths = [np.full(5, 2**30, dtype=np.int32)]
+        writer._idx.write(np.full(5, 2**30, dtype="<i4").tobytes())
+        writer.documents = 5
         writer._write_index()
         raw = (tmp_path / ".tmp-a.idx").read_bytes()
     assert struct.unpack("<5q", raw[34 + 20 : 34 + 60]) == tuple(i * 2**32 for i in range(5))

@@ -257,7 +257,9 @@ def test_bad_lines_are_counted_and_named(
     with pytest.raises(UserError, match=r"2 of 100 records.*--max-bad 0\.01") as caught:
         prepare_corpus(tmp_path / "d", [path], options)
     assert f"{path}:1: {reason}" in str(caught.value)
-    assert not list(tmp_path.glob("*d.*"))
+    assert [found.name for found in tmp_path.glob("*d.*")] == [".tmp-d.work"]  # for a greater --max-bad
+    assert prepare_corpus(tmp_path / "d", [path], replace(options, max_bad=0.02)).num_bad == 2
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def cut_zst(path: Path) -> Path:
@@ -306,8 +308,13 @@ def test_an_existing_corpus_is_kept_unless_told(tmp_path: Path, sp_model: Path, 
 
 @pytest.mark.parametrize("stage", ["add_documents", "complete", "_write_index"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interruption_leaves_no_corpus_and_no_rubbish(
-    tmp_path: Path, options: PrepareOptions, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
+def test_an_interruption_leaves_no_corpus_but_the_work_done(
+    tmp_path: Path,
+    options: PrepareOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    error: type[BaseException],
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -316,7 +323,8 @@ def test_an_interruption_leaves_no_corpus_and_no_rubbish(
     monkeypatch.setattr(CorpusWriter, stage, fail)
     with pytest.raises(UserError if error is OSError else error):
         prepare_corpus(tmp_path / "c", [path], options)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-c.work", "a.jsonl"]
+    assert "60 records are kept in" in capsys.readouterr().err
 
 
 def test_a_kill_while_a_corpus_is_replaced_leaves_no_mix(
@@ -361,7 +369,7 @@ def test_a_kill_while_a_corpus_is_replaced_leaves_no_mix(
 
 
 def test_leftovers_of_another_name_are_kept(tmp_path: Path, options: PrepareOptions) -> None:
-    for name in ("c.bin", "c.heldout.idx", "c.packs-64", "c.spool-tokens", "c.d.bin", "cc.bin", "c.packs-x"):
+    for name in ("c.bin", "c.heldout.idx", "c.packs-64", "c.d.bin", "cc.bin", "c.packs-x"):
         (tmp_path / f".tmp-{name}").touch()
     prepare_corpus(tmp_path / "c", [write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])], replace(options, heldout=0.0))
     assert sorted(path.name for path in tmp_path.glob(".tmp-*")) == [".tmp-c.d.bin", ".tmp-c.packs-x", ".tmp-cc.bin"]
@@ -373,7 +381,7 @@ def test_sigterm_leaves_no_rubbish(tmp_path: Path, sp_model: Path, workers: str)
     (tmp_path / "a.jsonl").write_text(line * 5000)
     arguments = [str(tmp_path / "c"), str(tmp_path / "a.jsonl"), "--tokenizer", str(sp_model), "--language", "en"]
     with subprocess.Popen([sys.executable, "-c", COMMAND, *arguments, "--workers", workers]) as process:
-        spool = tmp_path / ".tmp-c.spool-tokens"
+        spool = tmp_path / ".tmp-c.work" / "tokens"
         while process.poll() is None and not (spool.exists() and spool.stat().st_size):
             time.sleep(0.01)
         process.terminate()
@@ -418,7 +426,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, options: PrepareOptions, monkey
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(60)])
     with pytest.raises(UserError, match=r"c: cannot be written \(No space left on device\)"):
         prepare_corpus(tmp_path / "c", [path], options)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-c.work", "a.jsonl"]
 
 
 def die(*_: Any) -> None:
