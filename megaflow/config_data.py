@@ -5,31 +5,56 @@ from __future__ import annotations
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from megaflow.config_section import Epochs, Positive, Section, Weight
+from megaflow.data.prefixes import expand, filesystem, is_url
+from megaflow.errors import UserError
 
 Clock = Literal["steps", "sequences", "tokens", "documents"]
 
 
 class SourceConfig(Section):
-    """One tokenised corpus."""
+    """One tokenised corpus, or several read as one."""
 
-    path: str
-    """Prefix of the corpus written by `megaflow prepare`: <path>.bin, <path>.idx, <path>.json."""
+    path: str | Annotated[list[str], Field(min_length=1)]
+    """Prefix of the corpus written by `megaflow prepare`: <path>.bin, <path>.idx, <path>.json. A list of them, or a
+    pattern such as corpora/zh-*, is read as one corpus; a prefix may be a URL, such as s3://bucket/corpora/zh."""
     weight: Weight = Decimal(1)
     """Share of the group's sequences, relative to the group's other sources; 0 leaves the source out."""
     max_epochs: Epochs | None = None
     """Cap: a run that would read the source more often is refused; none: the group's."""
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_kind(cls, path: Any) -> Any:
+        entries = path if isinstance(path, list) else [path]
+        odd = [entry for entry in entries if not isinstance(entry, str)]
+        if odd:
+            raise ValueError(f"{odd[0]!r} should be a valid string, or path a list of strings")
+        return path
+
     @field_validator("path")
     @classmethod
-    def _files(cls, path: str) -> str:
-        missing = [path + suffix for suffix in (".bin", ".idx", ".json") if not Path(path + suffix).is_file()]
-        if missing:
-            raise ValueError(f"no file {missing[0]}; write the corpus with `megaflow prepare {path} ...`")
+    def _files(cls, path: str | list[str]) -> str | list[str]:
+        """What is at URLs is looked at when the corpora are opened."""
+        try:
+            for entry in [path] if isinstance(path, str) else path:
+                if is_url(entry):
+                    filesystem(entry)
+                    continue
+                for prefix in expand(entry):
+                    missing = [
+                        f"{prefix}.{suffix}"
+                        for suffix in ("bin", "idx", "json")
+                        if not Path(f"{prefix}.{suffix}").is_file()
+                    ]
+                    if missing:
+                        raise ValueError(f"no file {missing[0]}; write the corpus with `megaflow prepare {prefix} ...`")
+        except UserError as error:
+            raise ValueError(str(error)) from None
         return path
 
 
@@ -140,6 +165,8 @@ class DataConfig(Section):
     """Seed of the sample order."""
     verify: Literal["off", "lazy", "full"] = "lazy"
     """Checksums of the corpora: none, each 16 MiB block before its first use, or everything at launch."""
+    cache_dir: str | None = None
+    """Folder on every machine for blocks of corpora at URLs; none: megaflow in the user's cache folder."""
     digest_interval: Positive = 100
     """Steps between two comparisons of the ranks' plans, and two looks at ledger.json for a changed mix."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2

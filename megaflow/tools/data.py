@@ -185,7 +185,7 @@ def _entry_of_config(file: Path, ledger: list[LedgerEntry], at_step: int) -> Led
 
     config = load_config(file)
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
-    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
+    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify, config.data.cache_dir)
     last, entry = ledger[-1], configured_entry(config, sources)
     same = replace(entry, first_step=last.first_step, why=last.why)
     return last if same == last else with_unimax(config, ledger, replace(entry, first_step=at_step))

@@ -73,7 +73,8 @@ def unigram_losses(run: Path) -> dict[str, float]:
 
     config = load_config(run / "config.yaml")
     named = [(name, source.path) for group in config.data.groups.values() for name, source in group.sources.items()]
-    found = {name: unigram_loss(path, config.data.seq_length, config.train.eval_sequences) for name, path in named}
+    limits = config.data.seq_length, config.train.eval_sequences, config.data.cache_dir
+    found = {name: unigram_loss(path, *limits) for name, path in named}
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
@@ -87,24 +88,30 @@ def _colours(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw_ratios(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    """Planned ratios record by record; achieved ones as means over at most 60 bins, for a batch shows few ratios."""
+    """Planned ratios record by record; achieved ones as means over at most 60 bins, for a batch shows few ratios.
+
+    A group appended to the run begins with the first record that has it.
+    """
     width = -(-len(train) // 60)
-    bins = [train[i : i + width] for i in range(0, len(train), width)]
-    for name in train[0]["groups"]:
-        planned = [record["groups"][name]["planned"] for record in train]
-        axis.plot([record["step"] for record in train], planned, color=colours[name], label=name)
+    for name in train[-1]["groups"]:
+        known = [record for record in train if name in record["groups"]]
+        bins = [known[i : i + width] for i in range(0, len(known), width)]
+        planned = [record["groups"][name]["planned"] for record in known]
+        axis.plot([record["step"] for record in known], planned, color=colours[name], label=name)
         achieved = [sum(record["groups"][name]["achieved"] for record in part) / len(part) for part in bins]
         middles = [(part[0]["step"] + part[-1]["step"]) / 2 for part in bins]
         axis.plot(middles, achieved, ".", color=colours[name], markersize=5)
     each = "each record" if width == 1 else f"means of {width} records"
-    axis.set(title=f"share of the batch: planned (line), achieved (dots, {each})", xlabel="step")
+    what = "tokens with loss" if train[-1].get("unit") == "loss_tokens" else "the batch"
+    axis.set(title=f"share of {what}: planned (line), achieved (dots, {each})", xlabel="step")
     axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
     axis.legend(loc="upper center", ncols=4)
 
 
 def _draw_losses(axis: Axes, train: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    for name in train[0]["sources"]:
-        points = [(r["step"], r["sources"][name]["loss"]) for r in train if r["sources"][name]["loss"] is not None]
+    for name in train[-1]["sources"]:
+        known = [record for record in train if name in record["sources"]]
+        points = [(r["step"], r["sources"][name]["loss"]) for r in known if r["sources"][name]["loss"] is not None]
         if points:
             steps, losses = zip(*points, strict=True)
             axis.plot(steps, losses, color=colours[name], alpha=0.25, linewidth=0.8)
@@ -125,9 +132,10 @@ def smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
 def _draw_heldout(
     axis: Axes, heldout: list[dict[str, Any]], colours: dict[str, Any], key: str, unit: str, marks: dict[str, float]
 ) -> None:
-    steps = [record["step"] for record in heldout]
-    for name in heldout[0]["sources"]:
-        axis.plot(steps, [r["sources"][name][key] for r in heldout], ".-", color=colours[name], label=name)
+    for name in heldout[-1]["sources"]:
+        known = [record for record in heldout if name in record["sources"]]
+        values = [record["sources"][name][key] for record in known]
+        axis.plot([record["step"] for record in known], values, ".-", color=colours[name], label=name)
         if name in marks:
             axis.axhline(marks[name], color=colours[name], linestyle=":", linewidth=1)
     axis.set(title=f"held-out{' (dotted: unigram model of the source)' if marks else ''}", xlabel="step", ylabel=unit)

@@ -181,7 +181,7 @@ def plan_run(config: Config, device: torch.device) -> Run:
                 f"data.tokenizer: {config.data.tokenizer} is {what} that source {source.name} was prepared with "
                 f"({made_with.path}); give that one, or prepare {source.corpus.prefix} again"
             )
-    heldouts = open_heldouts(mix.sources, config.data.seq_length, config.data.verify)
+    heldouts = open_heldouts(mix.sources, config.data.seq_length, config.data.verify, config.data.cache_dir)
     mix.forecast.check_caps()
     sampler = build_sampler(mix.ledger, loss_tokens=lambda k, epoch, index: mix.sources[k].loss_tokens(epoch, index))
     return Run(config, tokenizer.sha256, heldouts, mix, sampler)
@@ -195,7 +195,7 @@ def open_mix(config: Config) -> OpenMix:
     Raises UserError for a damaged corpus, or a mix that the run in `run_dir` cannot change to.
     """
     named = {name: source.path for group in config.data.groups.values() for name, source in group.sources.items()}
-    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify)
+    sources = open_sources(named, config.data.seq_length, config.data.seed, config.data.verify, config.data.cache_dir)
     run_dir = Path(config.run_dir)
     is_new = not (run_dir / "ledger.json").exists()
     saved = step_directories(run_dir / "checkpoints")
