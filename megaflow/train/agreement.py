@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaflow.data.ledger import LedgerEntry, build_sampler
+from megaflow.data.ledger import LedgerEntry, build_sampler, consumed
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 
-CHECKED_STEPS = 100  # whose ids are planned again on resume; counters are replayed from the first step on
+CHECKED_STEPS = 100  # at least, whose ids are planned again on resume; counters are replayed from the first step on
+FURTHEST = 10_000  # steps planned again at most: two seconds at 1024 sequences a step
 
 
 def compare_ledgers(run_dir: Path, ledger: Sequence[LedgerEntry], ctx: ParallelContext) -> None:
@@ -83,13 +84,22 @@ def _difference(everyone: list[list[tuple[int, int]]]) -> str:
 def check_history(ledger: list[LedgerEntry], state: dict[str, Any], metrics: Path) -> None:
     """Refuse a checkpoint's sampler state that the ledger does not lead to.
 
-    Counters and residuals are replayed from the first step. Digests are planned again from the earliest of the last
-    `CHECKED_STEPS` steps whose digest was logged, and compared with those logged since.
+    Counters and residuals are replayed from the first step. Digests are planned again from the latest logged at least
+    `CHECKED_STEPS` steps before, or else the earliest logged, and compared with those logged since. Where none was
+    logged in the last `FURTHEST` steps, counters alone are compared.
+
+    Where weights are shares of tokens with loss, a replay would read the run's data again. The checkpoint's counters
+    are then taken as they are but for their sums, and its digest is only compared with the one logged at its step.
 
     Raises:
         UserError: what differs, and at which step.
     """
-    step, sampler = state["step"], build_sampler(ledger)
+    step, logged = state["step"], _logged_digests(metrics, state["step"])
+    if ledger[0].loss_tokens is not None:
+        _check_sums(ledger, state)
+        _check_digest(step, int(state["digest"], 16), logged.get(step), "logged")
+        return
+    sampler = build_sampler(ledger)
     if (expected := sampler.replay(step)) != {key: value for key, value in state.items() if key != "digest"}:
         names = [
             old["name"]
@@ -101,16 +111,30 @@ def check_history(ledger: list[LedgerEntry], state: dict[str, Any], metrics: Pat
             f"step {step}: the checkpoint's counters are not those that ledger.json leads to (source "
             f"{', '.join(names) or 'none'}); restore the run's own ledger.json, or resume from another checkpoint"
         )
-    logged = _logged_digests(metrics, step)
-    if step > CHECKED_STEPS:
-        if not logged:
-            return
-        start = min(logged)
+    starts = sorted(known for known in {0: "", **logged} if step - FURTHEST <= known < step)
+    if not starts:
+        return
+    start = max([known for known in starts if known <= step - CHECKED_STEPS], default=starts[0])
+    if start > 0:
         sampler.load_state_dict(sampler.replay(start) | {"digest": logged[start]})
     while sampler.step < step:
         plan = sampler.plan()
         _check_digest(plan.step, plan.digest, logged.get(plan.step), "logged")
     _check_digest(step, sampler.digest, state["digest"], "in the checkpoint")
+
+
+def _check_sums(ledger: Sequence[LedgerEntry], state: dict[str, Any]) -> None:
+    """Sequences taken come to the ledger's batches, and credits to 0, of the groups and in each of them."""
+    planned, ends = 0, [*(entry.first_step for entry in ledger[1:]), state["step"] + 1]
+    for entry, end in zip(ledger, ends, strict=True):
+        planned += entry.batch_size * max(0, min(end, state["step"] + 1) - entry.first_step)
+    levels = [state["groups"], *(group["sources"] for group in state["groups"])]
+    taken = sum(consumed(state).values())
+    if taken != planned or any(sum(row["residual"] for row in level) for level in levels):
+        raise UserError(
+            f"step {state['step']}: the checkpoint's counters are not those of {planned} sequences, which ledger.json "
+            "leads to; restore the run's own ledger.json, or resume from another checkpoint"
+        )
 
 
 def _check_digest(step: int, digest: int, known: str | None, where: str) -> None:
@@ -122,7 +146,7 @@ def _check_digest(step: int, digest: int, known: str | None, where: str) -> None
 
 
 def _logged_digests(metrics: Path, step: int) -> dict[int, str]:
-    """Digests logged for the last `CHECKED_STEPS` steps up to `step`; the latest where a step was run again."""
+    """Digests logged for the last `FURTHEST` steps up to `step`; the latest where a step was run again."""
     found: dict[int, str] = {}
     try:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -131,7 +155,7 @@ def _logged_digests(metrics: Path, step: int) -> dict[int, str]:
     for line in lines:
         try:
             record = json.loads(line)
-            if record["kind"] == "train" and step - CHECKED_STEPS <= record["step"] <= step:
+            if record["kind"] == "train" and step - FURTHEST <= record["step"] <= step:
                 found[record["step"]] = record["digest"]
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill

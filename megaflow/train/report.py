@@ -61,7 +61,7 @@ class Report:
         self.config, self.state, self.sampler, self.is_main = config, state, sampler, ctx.rank == 0
         self.ctx = ctx
         self.interval = torch.zeros_like(state.totals.values)
-        self.planned = [0] * len(sampler.groups)
+        self.planned, self.shared_out = [0] * len(sampler.groups), 0
         self.corrections, self.steps, self.sequences, self.seconds, self.data_seconds = 0, 0, 0, 0.0, 0.0
 
     def open(self) -> None:
@@ -88,11 +88,11 @@ class Report:
         """Adds a step to the interval. A loss that is not finite counts in its record but not in the run's sums."""
         self.state.totals.values += torch.nan_to_num(outcome.totals, nan=0.0, posinf=0.0, neginf=0.0)
         self.interval += outcome.totals
-        batch_size = len(plan.deck.window)
-        self.planned = [total + batch_size * w for total, w in zip(self.planned, plan.weights, strict=True)]
+        self.planned = [total + plan.total * w for total, w in zip(self.planned, plan.weights, strict=True)]
+        self.shared_out += plan.total
         self.corrections += plan.corrections
         self.steps += 1
-        self.sequences += batch_size
+        self.sequences += len(plan.deck.window)
         self.seconds += seconds
         self.data_seconds += data_seconds
         if int(outcome.skipped):
@@ -106,7 +106,7 @@ class Report:
             self.log.write(record)
             self.display.step(record)
         self.interval.zero_()
-        self.planned = [0] * len(self.planned)
+        self.planned, self.shared_out = [0] * len(self.planned), 0
         self.corrections, self.steps, self.sequences, self.seconds, self.data_seconds = 0, 0, 0, 0.0, 0.0
 
     def _record(self, plan: StepPlan, lr: float, grad_norm: float) -> dict[str, Any]:
@@ -135,17 +135,24 @@ class Report:
             "tokens": sum(source["tokens"] for source in sources.values()),
             "corrections": self.corrections,
             "digest": f"{plan.digest:016x}",
-            "groups": self._groups(sources, total[SEQUENCES]),
+            "unit": self.config.data.unit,
+            "groups": self._groups(rows),
             "sources": sources,
             "speed": self.speed.record(self.seconds, self.data_seconds, self.steps, self.sequences),
         }
 
-    def _groups(self, sources: Mapping[str, Mapping[str, Any]], sequences: float) -> dict[str, dict[str, float]]:
-        """Planned ratio of each group over the interval, and the one the ranks' own batches came to."""
+    def _groups(self, rows: list[list[float]]) -> dict[str, dict[str, float]]:
+        """Planned share of each group over the interval, and the one the ranks' own batches came to, in the run's unit.
+
+        `rows` are the interval's sums of each source.
+        """
+        column = SEQUENCES if self.config.data.unit == "sequences" else LOSS_TOKENS
+        found = {source.name: row[column] for source, row in zip(self.sampler.sources, rows, strict=True)}
+        total = max(1.0, sum(found.values()))
         return {
             group.name: {
-                "planned": planned / self.sequences / ONE,
-                "achieved": sum(sources[source.name]["sequences"] for source in group.sources) / sequences,
+                "planned": planned / self.shared_out / ONE,
+                "achieved": sum(found[source.name] for source in group.sources) / total,
             }
             for group, planned in zip(self.sampler.groups, self.planned, strict=True)
         }
