@@ -169,10 +169,9 @@ def _sort_into(
         rows["place"], rows["length"], rows["heldout"] = place, lengths, batch.rows["heldout"]
         entries.append(rows[order], np.bincount(bucket, minlength=number))
         counts = np.bincount(bucket, lengths, minlength=number).astype(np.int64)
-        index = [index for _, index in _gather(lengths, order)]
-        ids.append(np.concatenate([batch.tokens[i] for i in index]), counts)
-        if batch.mask is not None:
-            mask.append(np.concatenate([batch.mask[i] for i in index]), counts)
+        for data, to in ((batch.tokens, ids), (batch.mask, mask)):
+            if data is not None:
+                to.append(np.concatenate([data[index] for _, index in _gather(lengths, order)]), counts)
 
 
 def _append(

@@ -250,9 +250,10 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a journal up to one that a kill cut short."""
+    """The entries of a journal up to one that a kill or a power cut damaged."""
     if path.is_file():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
+        for line in path.read_bytes().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
                 return
-            yield json.loads(line)

@@ -9,6 +9,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from megaflow.data.encode import PrepareOptions
+from tests.data.preparing import TEXT
+
 SAMPLE = [
     "Hello world, this is a small text about nothing at all.",
     "The cat sat on the mat and looked at the moon.",
@@ -63,3 +66,9 @@ def hf_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def options(sp_model: Path) -> PrepareOptions:
+    """Of a preparation of texts, a fifth of them held out."""
+    return PrepareOptions(TEXT, "en", str(sp_model), heldout=0.2)

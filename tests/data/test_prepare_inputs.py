@@ -1,0 +1,126 @@
+"""What `megaflow prepare` reads, and how it names what it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megaflow.data import readers
+from megaflow.data.encode import PrepareOptions
+from megaflow.data.prepare import prepare_corpus
+from megaflow.errors import UserError
+from tests.data.preparing import documents, texts, write_jsonl
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.txt", "a.txt.zst"])
+def test_input_formats_hold_the_same(
+    tmp_path: Path, sp_model: Path, options: PrepareOptions, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "READ_BYTES", 7)  # lines and frames are cut anywhere
+    monkeypatch.setattr(readers, "PARQUET_ROWS", 3)
+    written = [text.replace("\n", " ") for text in texts(20)]
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"n": list(range(20)), "text": written}), path)
+    elif ".txt" in name:
+        data = "\n".join(written).encode()
+        halves = (data[:100], data[100:])  # two frames
+        path.write_bytes(b"".join(map(zstandard.compress, halves)) if name.endswith("zst") else data)
+    else:
+        write_jsonl(path, [{"text": text} for text in written])
+    prepare_corpus(tmp_path / "c", [path], replace(options, heldout=0.0, txt_per_line=True))
+    assert sorted(documents(tmp_path / "c", sp_model)) == sorted(written)
+    assert not (tmp_path / "c.heldout.json").exists()
+
+
+def test_a_txt_file_is_a_document(tmp_path: Path, sp_model: Path, options: PrepareOptions) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("three")
+    prepare_corpus(tmp_path / "c", [tmp_path / "a.txt", tmp_path / "b.txt"], replace(options, heldout=0.0))
+    assert sorted(documents(tmp_path / "c", sp_model)) == ["one\n\ntwo\n", "three"]
+
+
+BAD = [
+    (b"{", "not JSON"),
+    (b"[1]", "not a JSON object"),
+    (b"[" * 100_000, "not JSON"),
+    (b"\xff", "not UTF-8"),
+    (b'{"txt": "a"}', "no field text"),
+    (b'{"text": 5}', "field text is not a string"),
+    (b'{"text": " "}', "field text is empty"),
+    (b'{"text": "\\ud800"}', "field text holds half a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_bad_lines_are_counted_and_named(
+    tmp_path: Path, options: PrepareOptions, line: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)  # lines are counted over chunks
+    good = [json.dumps({"text": text}).encode() for text in texts(99)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([*good[:40], line, *good[40:]]))
+    report = prepare_corpus(tmp_path / "c", [path], options)
+    assert report.bad == [f"{path}:41: {reason}"]
+    assert report.manifest is not None
+    assert report.manifest.bad_records == 1
+    path.write_bytes(b"\n".join([line, *good[:50], line, *good[50:98]]))
+    with pytest.raises(UserError, match=r"2 of 100 records.*--max-bad 0\.01") as caught:
+        prepare_corpus(tmp_path / "d", [path], options)
+    assert f"{path}:1: {reason}" in str(caught.value)
+    assert [found.name for found in tmp_path.glob("*d.*")] == [".tmp-d.work"]  # for a greater --max-bad
+    assert prepare_corpus(tmp_path / "d", [path], replace(options, max_bad=0.02)).num_bad == 2
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def cut_zst(path: Path) -> Path:
+    path.write_bytes(zstandard.compress(b'{"text": "a"}\n' * 50)[:-3])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: d / "absent.jsonl", "no such file"),
+        (lambda d: d, "is a folder"),
+        (lambda d: write_jsonl(d / "a.csv", []), "unknown kind of file"),
+        (lambda d: write_jsonl(d / "a.zst", []), "unknown kind of file"),
+        (lambda d: cut_zst(d / "a.jsonl.zst"), "cut short"),
+        (lambda d: Path(write_jsonl(d / "a.jsonl", [1])).rename(d / "b.jsonl.zst"), "not valid zstd"),
+        (lambda d: write_jsonl(d / "a.parquet", [1]), "cannot be read as Parquet"),
+        (lambda d: write_jsonl(d / "empty.jsonl", []), "no documents"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    tmp_path: Path, options: PrepareOptions, make: Callable[[Path], Path], message: str
+) -> None:
+    path = make(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_corpus(tmp_path / "c", [path], options)
+    assert "\n" not in str(caught.value)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(("c", ".tmp-"))]
+
+
+def test_parquet_without_the_column(tmp_path: Path, options: PrepareOptions) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no column text; it has n"):
+        prepare_corpus(tmp_path / "c", [tmp_path / "a.parquet"], options)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_blank_lines_are_no_records(tmp_path: Path, options: PrepareOptions, name: str) -> None:
+    lines = [(json.dumps({"text": text}) if name == "a.jsonl" else text.replace("\n", " ")) for text in texts(20)]
+    (tmp_path / name).write_text("\n\n  \r\n".join(lines) + "\n\t\n")
+    report = prepare_corpus(tmp_path / "c", [tmp_path / name], replace(options, heldout=0.0, txt_per_line=True))
+    assert (report.records, report.num_bad) == (20, 0)
+    (tmp_path / name).write_text("\n\n".join([*lines, "{" if name == "a.jsonl" else "\u3000"]))
+    report = prepare_corpus(tmp_path / "d", [tmp_path / name], replace(options, max_bad=0.1, txt_per_line=True))
+    assert report.num_bad == 1
+    assert report.bad[0].startswith(f"{tmp_path / name}:41: ")  # lines are counted with the blank ones
