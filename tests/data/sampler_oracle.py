@@ -114,20 +114,25 @@ class OracleSampler:
             return sum(c * documents // windows for c, (_, windows, documents) in pairs)
         return {"steps": self.step, "sequences": sequences, "tokens": sequences * self.seq_length}[self.clock]
 
+    def advance(self) -> list[list[int]]:
+        """Past one step: its counts by group and source."""
+        per_group = share(self.batch, weights_at(self.knots, self.read_clock()), self.r)
+        counts = [share(per_group[g], list(self.groups[g][2]), self.rs[g]) for g in range(len(self.groups))]
+        for row, taken in zip(self.consumed, counts, strict=True):
+            row[:] = [c + n for c, n in zip(row, taken, strict=True)]
+        self.step += 1
+        return counts
+
     def plan(self) -> tuple[list[list[int]], list[list[int]], str]:
         """Counts by group and source, cards [group, source in group, epoch, window], digest in hexadecimal."""
-        weights = weights_at(self.knots, self.read_clock())
-        per_group = share(self.batch, weights, self.r)
-        counts = [share(per_group[g], list(self.groups[g][2]), self.rs[g]) for g in range(len(self.groups))]
+        before = [list(row) for row in self.consumed]
+        counts = self.advance()
         cards = []
         for g, (_, sources, _) in enumerate(self.groups):
             for s, (name, windows, _) in enumerate(sources):
-                for _ in range(counts[g][s]):
-                    i = self.consumed[g][s]
-                    self.consumed[g][s] += 1
+                for i in range(before[g][s], before[g][s] + counts[g][s]):
                     key = chain(self.seed, key_of(name), i // windows)
                     cards.append([g, s, i // windows, permuted(key, windows, i % windows)])
-        self.step += 1
         data = self.digest + self.step.to_bytes(8, "little")
         for number in [c for row in counts for c in row] + [v for card in cards for v in card]:
             data += number.to_bytes(8, "little", signed=True)
