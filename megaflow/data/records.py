@@ -79,7 +79,7 @@ def _turn(turn: Any) -> tuple[str, str]:
 
 def _fields(record: Any, format: Format, field: str) -> dict[str, Any]:
     """A record's values by field; plain text has one, `field`."""
-    if format == "parquet":
+    if format in ("parquet", "arrow"):
         return record
     text = _decoded(record)
     if format != "jsonl":
