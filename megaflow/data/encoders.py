@@ -6,6 +6,7 @@ added to a vocabulary often do, they merge in another order and give other ids.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -43,24 +44,32 @@ def own_encoder(tokenizer: Tokenizer) -> Encode:
     return lambda texts: _joined(tokenizer.encode_batch(texts))
 
 
+def encoder_version(name: EncoderName) -> str:
+    """The version of a library that is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"--encoder {name}: `pip install {name}` first, or leave --encoder out") from error
+
+
 def load_encoder(name: EncoderName, tokenizer: Tokenizer) -> Encode:
     """A library that reads the tokenizer as a `tokenizer.json`, converted from a SentencePiece model if need be.
 
     Raises:
-        UserError: it is not installed, or cannot express the tokenizer.
+        UserError: it cannot be loaded, or cannot express the tokenizer.
     """
     if name == "sentencepiece":
         raise UserError(f"--encoder sentencepiece: {tokenizer.path} is a tokenizer.json; leave --encoder out")
     text = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
     try:
         return _tokenizers(text) if name == "tokenizers" else _gigatoken(text)
-    except ImportError as error:
-        raise UserError(f"--encoder {name}: `pip install {name}` first, or leave --encoder out ({error})") from error
     except Exception as error:  # of whatever kind the libraries raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--encoder {name}: cannot read {tokenizer.path}: {reason[:200]}; leave --encoder out"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--encoder {name}: cannot read {tokenizer.path}: {reason}; leave --encoder out") from error
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Literal
@@ -64,11 +63,6 @@ class EncoderInfo(BaseModel):
     version: str
     compared: int
     """Documents that the tokenizer itself encoded too, all with the same ids."""
-
-    @classmethod
-    def of(cls, library: str, compared: int) -> EncoderInfo:
-        """Describe the library as it is installed."""
-        return cls(library=library, version=importlib.metadata.version(library), compared=compared)
 
 
 class Manifest(BaseModel):

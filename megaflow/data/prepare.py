@@ -20,6 +20,7 @@ from megaflow import __version__
 from megaflow.data.corpus import Int64Array, corpus_path, pack_suffix, token_dtype
 from megaflow.data.dedup import duplicates
 from megaflow.data.encode import PrepareOptions, encode_all
+from megaflow.data.encoders import encoder_version
 from megaflow.data.manifest import EncoderInfo, Manifest, TokenizerInfo
 from megaflow.data.readers import Chunk, Format, input_files, read_chunks
 from megaflow.data.shuffle import Limits, packed, shuffled, write_in_order
@@ -119,6 +120,7 @@ def _prepare(
     made_by = {
         "version of megaflow": __version__,
         "tokenizer": about.model_dump(exclude={"path"}),
+        "encoder": options.encoder and encoder_version(options.encoder),
         "options": {name: value for name, value in asdict(options).items() if name not in FREE},
     }
     status = [(str(path), path.stat()) for path, _ in files]
@@ -241,7 +243,11 @@ def _manifest(
     heldout_documents: int,
 ) -> Manifest:
     format = options.format
-    other = None if options.encoder in (None, tokenizer.library) else options.encoder
+    encoder = None
+    if options.encoder not in (None, tokenizer.library):
+        encoder = EncoderInfo(
+            library=options.encoder, version=encoder_version(options.encoder), compared=report.num_compared
+        )
     return Manifest(
         kind=format.kind,
         language=options.language,
@@ -251,7 +257,7 @@ def _manifest(
         bytes=int(sums[1]),
         loss_bytes=int(sums[2]),
         tokenizer=tokenizer,
-        encoder=None if other is None else EncoderInfo.of(other, report.num_compared),
+        encoder=encoder,
         shuffle_seed=options.seed,
         seq_length=options.seq_length,
         packs=packs,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -168,8 +170,11 @@ def test_a_corpus_is_the_same_whoever_encodes(tmp_path: Path, sp_model: Path, li
     for name, encoder in (("own", None), ("other", library)):
         report = prepare_corpus(tmp_path / name, [path], options_of(sp_model, encoder))
         assert report.manifest is not None
-        expected = None if encoder is None else EncoderInfo.of(encoder, 100)
-        assert report.manifest.encoder == expected
+        if encoder is None:
+            assert report.manifest.encoder is None
+        else:
+            version = importlib.metadata.version(encoder)
+            assert report.manifest.encoder == EncoderInfo(library=encoder, version=version, compared=100)
         assert report.manifest.tokenizer.library == "sentencepiece"
     for suffix in ("bin", "idx", "heldout.bin", "heldout.idx"):
         assert (tmp_path / f"own.{suffix}").read_bytes() == (tmp_path / f"other.{suffix}").read_bytes()
@@ -187,10 +192,38 @@ def test_encoders_that_cannot_be_are_refused(
     )
     with pytest.raises(UserError, match="only SentencePiece models of type BPE"):
         load_encoder("tokenizers", load_tokenizer(unigram.with_suffix(".model")))
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    path = write(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(UserError, match="--encoder gigatoken: `pip install gigatoken` first"):
+        prepare_corpus(tmp_path / "c", [path], options_of(sp_model, "gigatoken"))
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    with pytest.raises(UserError, match="--encoder gigatoken: `pip install gigatoken` first") as caught:
+    with pytest.raises(UserError, match=r"--encoder gigatoken: cannot read .*tiny\.model: ") as caught:
         load_encoder("gigatoken", load_tokenizer(sp_model))
     assert "\n" not in str(caught.value)
+
+
+def absent(name: str) -> str:
+    if name == "gigatoken":
+        raise importlib.metadata.PackageNotFoundError
+    return "1"
+
+
+def test_the_command_refuses_other_ids(tmp_path: Path, tied_model: Path) -> None:
+    """In a conversation, whose first prompt is alike."""
+    turns = [("user", "the cat"), ("assistant", "on"), ("user", TIED), ("assistant", "sat")]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    arguments = [tmp_path / "c", tmp_path / "a.jsonl", "--tokenizer", tied_model, "--language", "en", "--heldout", "0"]
+    arguments += ["--kind", "instruction", "--turns-field", "messages", "--loss", "response", "--seq-length", "128"]
+    command = [sys.executable, "-m", "megaflow.tools.cli", "prepare", *map(str, arguments)]
+    refused = subprocess.run([*command, "--encoder", "tokenizers"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --encoder tokenizers: not the tokenizer's ids: ")
+    assert "of 1 documents compared 1 (100.0%) differ" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 documents" in done.stdout
 
 
 @pytest.mark.parametrize("library", [None, *LIBRARIES])
