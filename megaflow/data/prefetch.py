@@ -32,17 +32,22 @@ class Prefetcher(Generic[Plan, Part]):
         self._ahead: deque[Future[tuple[Plan, list[Future[Part]]]]] = deque()
 
     def next(self, ahead: int) -> tuple[Plan, list[Part]]:
-        """The next step, waited for; `ahead` more (none if negative) are being prepared from now on.
+        """The next step, waited for; `ahead` more (none if negative) are being prepared when it returns.
 
         Raises what planning this step, or one of its parts, raised.
         """
         if not self._threaded:
             plan = self._plan()
             return plan, [part() for part in self._parts(plan)]
-        while len(self._ahead) < 1 + max(0, ahead):
-            self._ahead.append(self._planner.submit(self._begin))
+        self._prepare(1)
         plan, parts = self._ahead.popleft().result()
-        return plan, [part.result() for part in parts]
+        results = [part.result() for part in parts]
+        self._prepare(ahead)  # last: a thread that wakes up takes the interpreter from this one
+        return plan, results
+
+    def _prepare(self, steps: int) -> None:
+        while len(self._ahead) < steps:
+            self._ahead.append(self._planner.submit(self._begin))
 
     def _begin(self) -> tuple[Plan, list[Future[Part]]]:
         plan = self._plan()
