@@ -172,7 +172,13 @@ class Corpus:
         if document == self.num_documents:
             return self.num_tokens
         self._check_offsets(document, document + 1)
-        return self._offsets[document] // self._itemsize
+        start = self._offsets[document] // self._itemsize
+        if not 0 <= start < self.num_tokens:
+            raise UserError(
+                f"{self._index.path}: document {document} is said to start at token {start} of {self.num_tokens}; "
+                "prepare it again"
+            )
+        return start
 
     def starts_within(self, start: int, stop: int, use_native: bool = True) -> Int64Array:
         """[D] where documents start in tokens `start + 1 .. stop` (inclusive), relative to `start`, ascending.

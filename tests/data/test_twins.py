@@ -207,6 +207,9 @@ def test_a_damaged_file_is_named_alike(tmp_path: Path) -> None:
     assert [told(corpus, span, True) for span in spans] == [told(corpus, span, False) for span in spans]
     with pytest.raises(UserError, match=r"c\.idx: bytes 0 to .* are not what was written"):
         Corpus.open(tmp_path / "c").fill(starts[100], starts[101], np.empty((3, 40), np.int32))
+    index.write_bytes(written[:at] + (1 << 50).to_bytes(8, "little") + written[at + 8 :])
+    with pytest.raises(UserError, match=r"c\.idx: document 5 is said to start at token 281474976710656 of"):
+        Corpus.open(tmp_path / "c", "off").document_start(5)
 
 
 def told(corpus: Corpus, span: tuple[int, int], use_native: bool) -> str:
