@@ -95,7 +95,7 @@ def _fields(record: Any, format: Format, field: str) -> dict[str, Any]:
 
 def _decoded(line: bytes) -> str:
     try:
-        text = line.decode("utf-8-sig")
+        text = line.decode().removeprefix("\ufeff")  # the utf-8-sig codec is written in Python
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8") from error
     if not text.strip():

@@ -80,7 +80,6 @@ def prepare(
     turns_field: Annotated[
         str | None,
         typer.Option(
-            metavar="FIELD",
             help="Instructions that are conversations: the field with the list of turns, each {role, content} or "
             "{from, value}.",
         ),

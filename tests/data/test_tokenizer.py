@@ -30,6 +30,15 @@ def test_sentencepiece_is_sentencepiece_itself(sp_model: Path) -> None:
     assert ours.start_id == 1
 
 
+def test_pieces_are_as_the_vocabulary_writes_them(sp_model: Path, hf_json: Path) -> None:
+    for path, space, text in ((sp_model, "\u2581", "\u2581The\u2581cat"), (hf_json, "\u0120", "The\u0120cat")):
+        tokenizer = load_tokenizer(path)
+        pieces = tokenizer.pieces(tokenizer.encode("The cat"))
+        assert "".join(pieces) == text
+        assert any(piece.startswith(space) for piece in pieces)
+        assert tokenizer.pieces([]) == []
+
+
 def test_special_tokens_in_a_text_are_plain_text(sp_model: Path, hf_json: Path) -> None:
     sp, hf = load_tokenizer(sp_model), load_tokenizer(hf_json)
     assert not {sp.bos_id, sp.eos_id} & set(sp.encode("a<s>b</s>"))
