@@ -82,6 +82,30 @@ def test_a_sound_history_passes_logged_or_not(tmp_path: Path, steps: int) -> Non
     check_history(ledger(), state, tmp_path / "nowhere.jsonl")
 
 
+@pytest.mark.parametrize("known", [{}, {40: ""}, {250: ""}, {40: "", 250: ""}])
+def test_however_far_apart_digests_were_logged_the_checkpoint_s_is_planned_again(
+    tmp_path: Path, known: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the latest logged a hundred steps before, else the earliest; a wrong one at the start shows at the end."""
+    metrics = tmp_path / "metrics.jsonl"
+    state = trained(300, metrics)
+    sampler = build_sampler(ledger())
+    for step in range(1, 301):
+        plan = sampler.plan()
+        known |= {step: f"{plan.digest:016x}"} if step in known else {}
+    lines = [json.dumps({"kind": "train", "step": step, "digest": digest}) for step, digest in known.items()]
+    metrics.write_text("\n".join(lines))
+    check_history(ledger(), state, metrics)
+    with pytest.raises(UserError, match="step 300: the digest in the checkpoint is 0123456789abcdef"):
+        check_history(ledger(), state | {"digest": "0123456789abcdef"}, metrics)
+    monkeypatch.setattr("megaflow.train.agreement.FURTHEST", 120)
+    if 250 in known:
+        with pytest.raises(UserError, match="step 300: the digest in the checkpoint"):
+            check_history(ledger(), state | {"digest": "0123456789abcdef"}, metrics)
+    else:
+        check_history(ledger(), state | {"digest": "0123456789abcdef"}, metrics)
+
+
 @pytest.mark.parametrize("steps", [60, 350])
 def test_a_history_that_is_not_the_ledger_s_is_refused(tmp_path: Path, steps: int) -> None:
     metrics = tmp_path / "metrics.jsonl"

@@ -61,6 +61,29 @@ def test_lengthening_a_run_keeps_the_weights_of_unimax(make_config: MakeConfig, 
     assert longer.ledger == planned(short).ledger
 
 
+def test_unimax_on_an_edit_shares_what_is_left(make_config: MakeConfig, corpora: dict[str, Path]) -> None:
+    """A source read by itself for half the run: its cap has less left, so the other one gets the more of the rest."""
+    alone = with_english(make_config("run", train__steps=12), corpora, {"weight": 0})
+    size = planned(alone).sources[0].num_windows
+    run(with_english(make_config("run", train__steps=6), corpora, {"weight": 0}))
+    read = planned(alone).sampler.replay(6)["groups"][0]["sources"][0]["consumed"]
+    left = planned(alone).sampler.replay(12)["groups"][0]["sources"][0]["consumed"] - read
+    assert left > 4
+    cap = Decimal(read + 1) / size
+    settings: dict[str, Any] = {"weights": "unimax", "max_epochs": str(round(cap, 6))}
+    edited = planned(with_english(make_config("run", train__steps=12), corpora, {"max_epochs": 9}, **settings))
+    assert edited.mix.edit is not None
+    forecast = {source.name: source.sequences for source in edited.mix.forecast.sources}
+    assert forecast["en_source"] == pytest.approx(read + 1, abs=1)
+    assert forecast["more"] == pytest.approx(left - 1, abs=1)
+    state = planned(alone).sampler.replay(6) | {"digest": "00"}
+    edited.continue_from(state, 1)
+    edited.take_up_edit()
+    assert shares(edited)["en_source"] == pytest.approx(1 / left, abs=0.01)
+    whole = planned(with_english(make_config("new", train__steps=12), corpora, {"max_epochs": 9}, **settings))
+    assert shares(whole)["en_source"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("more", "group", "words"),
     [

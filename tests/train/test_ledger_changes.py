@@ -190,6 +190,35 @@ def test_an_entry_that_was_replaced_before_it_took_effect_is_no_obstacle(make_co
     assert read_samples(Path(config.run_dir)) == planned_samples(make_config("run"))
 
 
+def test_an_entry_for_steps_that_are_saved_takes_effect_after_them(make_config: MakeConfig) -> None:
+    """Of three appended to a run that had stopped, the first two are too late: on resume they move, in the file too."""
+    config = make_config("run", train__steps=5)
+    run(config)
+    ledger = ledger_of(config)
+    ledger += [replace(ledger[0], first_step=step, batch_size=size, why="late") for step, size in ((3, 6), (5, 4))]
+    ledger.append(replace(ledger[0], first_step=9, batch_size=12, why="in time"))
+    write_ledger(Path(config.run_dir) / "ledger.json", ledger)
+    run(make_config("run"), 2)
+    assert [(entry.first_step, entry.batch_size, entry.why) for entry in ledger_of(config)[1:]] == [
+        (6, 6, "late (asked for step 3)"),
+        (6, 4, "late (asked for step 5)"),
+        (9, 12, "in time"),
+    ]
+    samples = read_samples(Path(config.run_dir))
+    assert samples == planned_samples(make_config("run"))
+    assert [len(samples[step]) for step in sorted(samples)] == [8] * 5 + [4] * 3 + [12] * 4
+
+
+def test_a_ledger_without_what_the_checkpoint_knew_is_refused(make_config: MakeConfig) -> None:
+    config = make_config("run", train__steps=5)
+    run(config)
+    change(Path(config.run_dir), at_step=9, weights="zh=0.5,en=0.5,parallel=0,instruction=0", config=None, why="")
+    run(make_config("run", train__steps=7))
+    write_ledger(Path(config.run_dir) / "ledger.json", ledger_of(config)[:1])
+    with pytest.raises(RankError, match=r"step 7 was saved with another ledger\.json"):
+        run(make_config("run"))
+
+
 def test_sources_that_are_moved_or_left_out_are_refused(make_config: MakeConfig) -> None:
     config = make_config("run", train__steps=2)
     run(config)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from megaflow.config import Config
 from megaflow.data.corpus import Corpus
@@ -103,6 +104,33 @@ def test_plot_is_a_picture_and_needs_a_run(make_config: Callable[..., Config], t
     assert (run_dir / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         plot(tmp_path / "nowhere", None)
+
+
+def test_plot_draws_groups_and_sources_appended_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(kind: str, step: int, names: str) -> str:
+        ratio = {"planned": 1 / len(names), "achieved": 1 / len(names)}
+        source = {"loss": 2.0 + step / 10, "bits_per_byte": 1.0}
+        sums = {"tokens": 100, "loss": 2.0, "groups": dict.fromkeys(names, ratio)}
+        return json.dumps({"kind": kind, "step": step, "sources": {f"{n}1": source for n in names}} | sums)
+
+    steps = [(step, "ab" if step < 5 else "abc") for step in range(1, 9)]
+    lines = [record(kind, step, names) for step, names in steps for kind in ("train", "heldout")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    drawn: dict[str, list[float]] = {}
+    line = Axes.plot
+    monkeypatch.setattr("megaflow.tools.plot.unigram_losses", lambda run: {})
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda axis, x, *rest, **how: drawn.update({str(how.get("label")): list(x)}) or line(axis, x, *rest, **how),
+    )
+    plot(tmp_path, None)
+    assert {name: drawn[name] for name in ("a", "c", "a1", "c1")} == {
+        "a": list(range(1, 9)),
+        "c": [5, 6, 7, 8],
+        "a1": list(range(1, 9)),
+        "c1": [5, 6, 7, 8],
+    }
 
 
 def test_records_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
