@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megaflow.data.tokenizer import Tokenizer
 from megaflow.errors import UserError
@@ -38,6 +38,12 @@ class TokenizerInfo(BaseModel):
     bos_id: int | None = None
     eos_id: int
     path: str
+
+    @model_validator(mode="after")
+    def _check_end(self) -> TokenizerInfo:
+        if not 0 <= self.eos_id < self.vocab_size:  # it is what windows are padded with
+            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+        return self
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerInfo:

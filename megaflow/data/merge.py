@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megaflow.data.corpus import Corpus, Int64Array, corpus_path, token_dtype
+from megaflow.data.corpus import Int64Array, corpus_path, token_dtype
 from megaflow.data.foreign import is_foreign, read_foreign, tokens_path
 from megaflow.data.manifest import Manifest, TokenizerInfo
+from megaflow.data.prefixes import is_url
+from megaflow.data.shards import AnyCorpus, open_corpus, open_heldout_corpus
 from megaflow.data.sources import heldout_prefix
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
-from megaflow.data.writer import CorpusWriter, remove_corpus, remove_temporaries
+from megaflow.data.writer import CorpusWriter, locked, remove_corpus, remove_temporaries
 from megaflow.errors import UserError
 
 COPIED_TOKENS = 1 << 22
 """Tokens copied at a time, unless one document has more."""
-SUMMED = ("bytes", "loss_bytes", "heldout_documents", "bad_records", "too_long", "duplicates")
-"""Fields of manifests that add up."""
-OWN = ("documents", "tokens", "loss_tokens", "packs", "blocks", "block_bytes", "command", "shuffle_seed")
-"""Fields that each corpus has its own of; all others must agree."""
-
 Progress = Callable[[int], None]
 """Called with the number of bytes of tokens done so far."""
 
@@ -78,35 +75,31 @@ class _Written:
 
 
 def merge_corpora(
-    out: Path, prefixes: Sequence[Path], options: MergeOptions, progress: Progress | None = None
+    out: Path, prefixes: Sequence[str], options: MergeOptions, progress: Progress | None = None
 ) -> MergeReport:
     """Write the documents of the corpora `prefixes`, in their order, as the corpus `out`.
 
-    Corpora with a manifest keep packs, masks and held-out documents; they must have been prepared alike. Those of other
-    tools are taken as running text, and need `options.tokenizer` and `options.language`.
+    Corpora with a manifest, which may be URLs, keep packs, masks and held-out documents; they must agree as the shards
+    of a source must. Those of other tools are taken as running text, and need `options.tokenizer` and
+    `options.language`.
 
     Raises:
         UserError: a corpus is missing, damaged or unlike the first one; or `out` is there or cannot be written.
     """
     if corpus_path(out, "json").exists() and not options.overwrite:
         raise UserError(f"{out}: a corpus is there already; choose another name or give --overwrite")
-    for prefix in prefixes:
-        if not (corpus_path(prefix, "json").exists() or is_foreign(prefix)):
-            raise UserError(
-                f"{prefix}: there is no such corpus: no {prefix}.idx, no {prefix}.ds; give a corpus's prefix"
-            )
-    if any(prefix.resolve() == out.resolve() for prefix in prefixes):
+    if any(not is_url(prefix) and Path(prefix).resolve() == out.resolve() for prefix in prefixes):
         raise UserError(f"{out}: is one of the corpora to be merged; choose another name")
-    foreign = [is_foreign(prefix) for prefix in prefixes]
+    foreign = [is_foreign(Path(prefix)) for prefix in prefixes]
     if any(foreign) and not all(foreign):
         ours, theirs = prefixes[foreign.index(False)], prefixes[foreign.index(True)]
         raise UserError(f"{theirs}: has no manifest, unlike {ours}; merge the corpora without one by themselves first")
     merge = _merge_foreign if all(foreign) else _merge_shards
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for side in (out, heldout_prefix(out)):
-            remove_temporaries(side)
-        with ExitStack() as stack:
+        with locked(out), ExitStack() as stack:
+            for side in (out, heldout_prefix(out)):
+                remove_temporaries(side)
             written = _Written(stack, out)
             report = merge(written, prefixes, options, progress or (lambda done: None))
             written.commit()
@@ -117,69 +110,36 @@ def merge_corpora(
         ) from None
 
 
-def _merge_shards(
-    written: _Written, prefixes: Sequence[Path], options: MergeOptions, progress: Progress
-) -> MergeReport:
+def _merge_shards(written: _Written, prefixes: Sequence[str], options: MergeOptions, progress: Progress) -> MergeReport:
+    corpus, held = open_corpus(prefixes), open_heldout_corpus(prefixes)
     if options.tokenizer or options.language or options.add_special:
         raise UserError(
             f"{prefixes[0]}: has a manifest; --tokenizer, --language and --add-special are for corpora without"
         )
-    report = MergeReport()
-    report.manifest = _merge_side(written, written.out, prefixes, options.command, progress)
-    held = [heldout_prefix(prefix) for prefix in prefixes if corpus_path(heldout_prefix(prefix), "json").exists()]
-    if held:
-        report.heldout = _merge_side(written, heldout_prefix(written.out), held, options.command, lambda done: None)
-        if _described(report.heldout) != _described(report.manifest):
-            raise UserError(f"{held[0]}: was not prepared with {prefixes[0]}; prepare that corpus again")
+    report = MergeReport(documents=corpus.num_documents)
+    report.manifest = _copy(written, written.out, corpus, options.command, progress)
+    if held is not None:
+        report.heldout = _copy(written, heldout_prefix(written.out), held, options.command, lambda done: None)
     return report
 
 
-def _merge_side(written: _Written, out: Path, prefixes: Sequence[Path], command: str, progress: Progress) -> Manifest:
-    corpora = [Corpus.open(prefix) for prefix in prefixes]
-    first = corpora[0].manifest
-    for corpus in corpora[1:]:
-        _check_alike(corpora[0], corpus)
-    writer = written.writer(out, token_dtype(first.tokenizer.vocab_size))
-    done = 0
-    for corpus in corpora:
-        for start, starts in _document_groups(corpus):
-            stop = start + int(starts[-1])
-            mask = corpus.loss_mask(start, stop) if corpus.has_mask else None
-            lengths = np.diff(starts, prepend=0).astype(np.int32)
-            tokens = corpus.tokens(start, stop)
-            writer.add_documents(tokens, lengths, mask)
-            done += tokens.nbytes
-            progress(done)
-    sums: dict[str, Any] = {name: sum(getattr(corpus.manifest, name) for corpus in corpora) for name in SUMMED}
-    if first.seq_length is not None:
-        packs = _packs(corpora)
-        writer.write_packs(first.seq_length, packs)
-        sums["packs"] = len(packs) - 1
-    return writer.complete(first.model_copy(update={**sums, "blocks": {}, "command": command}))
+def _copy(written: _Written, out: Path, corpus: AnyCorpus, command: str, progress: Progress) -> Manifest:
+    manifest, done = corpus.manifest, 0
+    writer = written.writer(out, token_dtype(manifest.tokenizer.vocab_size))
+    for start, ends in _document_groups(corpus):
+        stop = start + int(ends[-1])
+        tokens = corpus.tokens(start, stop)
+        mask = corpus.loss_mask(start, stop) if corpus.has_mask else None
+        writer.add_documents(tokens, np.diff(ends, prepend=0).astype(np.int32), mask)
+        done += tokens.nbytes
+        progress(done)
+    if manifest.seq_length is not None:
+        ends = (corpus.pack(index)[1] for index in range(corpus.num_packs))
+        writer.write_packs(manifest.seq_length, np.fromiter(chain([0], ends), dtype=np.int64))
+    return writer.complete(manifest.model_copy(update={"blocks": {}, "command": command}))
 
 
-def _check_alike(one: Corpus, other: Corpus) -> None:
-    ours, theirs = _described(one.manifest), _described(other.manifest)
-    for name, value in ours.items():
-        if theirs[name] != value:
-            first, second = value, theirs[name]
-            if name == "tokenizer":  # hashes say little
-                first, second = one.manifest.tokenizer.path, other.manifest.tokenizer.path
-            raise UserError(
-                f"{other.prefix}: its {name} is {second} where that of {one.prefix} is {first}; corpora that are "
-                "merged must have been prepared alike"
-            )
-
-
-def _described(manifest: Manifest) -> dict[str, Any]:
-    """What corpora that are merged must agree in."""
-    fields = {name: getattr(manifest, name) for name in Manifest.model_fields if name not in (*SUMMED, *OWN)}
-    tokenizer = manifest.tokenizer
-    fields["tokenizer"] = (tokenizer.sha256, tokenizer.probe, tokenizer.bos_id, tokenizer.eos_id)
-    return fields
-
-
-def _document_groups(corpus: Corpus) -> Iterator[tuple[int, Int64Array]]:
+def _document_groups(corpus: AnyCorpus) -> Iterator[tuple[int, Int64Array]]:
     """First token of a group of documents, and the ends of its documents counted from there."""
     start = document = 0
     while start < corpus.num_tokens:
@@ -191,18 +151,8 @@ def _document_groups(corpus: Corpus) -> Iterator[tuple[int, Int64Array]]:
         document += len(ends)
 
 
-def _packs(corpora: Sequence[Corpus]) -> Int64Array:
-    """[packs + 1] documents before each pack of all corpora laid end to end."""
-    ends, before = [0], 0
-    for corpus in corpora:
-        for index in range(corpus.num_packs):
-            ends.append(before + corpus.pack(index)[1])
-        before += corpus.num_documents
-    return np.array(ends, dtype=np.int64)
-
-
 def _merge_foreign(
-    written: _Written, prefixes: Sequence[Path], options: MergeOptions, progress: Progress
+    written: _Written, prefixes: Sequence[str], options: MergeOptions, progress: Progress
 ) -> MergeReport:
     if options.tokenizer is None or options.language is None:
         raise UserError(
@@ -211,7 +161,7 @@ def _merge_foreign(
     tokenizer = load_tokenizer(options.tokenizer)
     writer = written.writer(written.out, token_dtype(tokenizer.vocab_size))
     report, num_bytes, done = MergeReport(), 0, 0
-    for prefix in prefixes:
+    for prefix in map(Path, prefixes):
         before = 0
         for tokens, lengths in read_foreign(prefix):
             _check_ids(tokens, tokenizer, prefix, before)

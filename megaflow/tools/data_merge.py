@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,21 +68,21 @@ def merge(
             print(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens{packs}")
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str) -> list[str]:
     """The prefixes that an argument names, held-out documents apart."""
-    if not has_magic(pattern):
-        if pattern.endswith(SUFFIXES) and Path(pattern).is_file():
-            prefix = pattern.removesuffix(next(suffix for suffix in SUFFIXES if pattern.endswith(suffix)))
-            raise UserError(f"{pattern}: is a file of a corpus; give its prefix, {prefix}")
-        return [Path(pattern)]
-    names = {path.rpartition(".")[0] for suffix in ("idx", "ds") for path in glob(f"{pattern}.{suffix}")}
-    names -= {f"{name}.heldout" for name in names}
-    if not names:
-        raise UserError(f"{pattern}: no corpus has a name like this")
-    return [Path(name) for name in sorted(names)]
+    from megaflow.data.prefixes import expand, is_pattern, is_url
+
+    if pattern.endswith(SUFFIXES) and Path(pattern).is_file():
+        prefix = pattern.removesuffix(next(suffix for suffix in SUFFIXES if pattern.endswith(suffix)))
+        raise UserError(f"{pattern}: is a file of a corpus; give its prefix, {prefix}")
+    if not is_url(pattern) and is_pattern(pattern):
+        foreign = {path.rpartition(".")[0] for suffix in ("idx", "ds") for path in glob(f"{pattern}.{suffix}")}
+        if foreign and not glob(f"{pattern}.json"):
+            return sorted(foreign)
+    return expand(pattern)
 
 
-def _merge(out: Path, prefixes: list[Path], options: MergeOptions) -> MergeReport:
+def _merge(out: Path, prefixes: list[str], options: MergeOptions) -> MergeReport:
     """Run with a progress bar where there is a terminal to draw it on."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -95,6 +95,6 @@ def _merge(out: Path, prefixes: list[Path], options: MergeOptions) -> MergeRepor
         return merge_corpora(out, prefixes, options)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        total = sum(path.stat().st_size for path in map(tokens_path, prefixes) if path.is_file())
+        total = sum(path.stat().st_size for path in map(tokens_path, map(Path, prefixes)) if path.is_file())
         task = bar.add_task(out.name, total=total)
         return merge_corpora(out, prefixes, options, lambda done: bar.update(task, completed=done))

@@ -14,6 +14,7 @@ import pytest
 from megaflow.data.corpus import Corpus
 from megaflow.data.encode import PrepareOptions
 from megaflow.data.merge import MergeOptions, merge_corpora
+from megaflow.data.prefixes import expand
 from megaflow.data.prepare import prepare_corpus
 from megaflow.data.templates import ExampleFormat
 from megaflow.data.tokenizer import load_tokenizer
@@ -125,7 +126,7 @@ def test_two_tasks_a_killed_one_run_again_and_the_merge(tmp_path: Path, sp_model
     written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     run_pipeline(tmp_path, sp_model, "text", 2)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == written
-    merge_corpora(out / "all", [out / "c-00000", out / "c-00001"], MergeOptions())
+    merge_corpora(out / "all", expand(str(out / "c-*")), MergeOptions())
     tokenizer, texts = load_tokenizer(sp_model), []
     for prefix in (out / "all", out / "all.heldout"):
         corpus = Corpus.open(prefix, "full")

@@ -92,10 +92,10 @@ def test_megatron_core_reads_ours_and_merge_reads_what_it_writes(tmp_path: Path,
     options = MergeOptions(tokenizer=str(sp_model), language="en")
     expected = [[1, 5, 6, 7, 2], [1, 9, 2], [8, 9]]
     for name in ("int32", "uint16", "int64", "int16"):
-        report = merge_corpora(tmp_path / f"out-{name}", [tmp_path / name], options)
+        report = merge_corpora(tmp_path / f"out-{name}", [str(tmp_path / name)], options)
         assert documents(Corpus.open(tmp_path / f"out-{name}", "full")) == expected
         assert (report.documents, report.no_start, report.no_end, report.empty) == (3, 1, 1, 1)
-    prefixes = [tmp_path / "added", tmp_path / "modes", tmp_path / "uint16"]
+    prefixes = [str(tmp_path / name) for name in ("added", "modes", "uint16")]
     merge_corpora(tmp_path / "all", prefixes, MergeOptions(str(sp_model), "en", add_special=True))
     merged = Corpus.open(tmp_path / "all", "full")
     expected[-1] = [1, 8, 9, 2]
@@ -125,7 +125,9 @@ def test_merge_reads_what_datatrove_writes(tmp_path: Path, hf_json: Path) -> Non
     tokenizer = load_tokenizer(hf_json)
     expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in SAMPLE]
     for name in ("mega_00000_tokens", "plain_00000_unshuffled"):
-        report = merge_corpora(tmp_path / "out", [tmp_path / name], MergeOptions(str(hf_json), "en", overwrite=True))
+        report = merge_corpora(
+            tmp_path / "out", [str(tmp_path / name)], MergeOptions(str(hf_json), "en", overwrite=True)
+        )
         merged = Corpus.open(tmp_path / "out", "full")
         assert documents(merged) == expected
         assert merged.manifest.bytes == sum(len(text.encode()) for text in SAMPLE)
@@ -151,9 +153,9 @@ def test_datatrove_reads_our_tokens(ours: Path) -> None:
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, ours: Path, sp_model: Path, hf_json: Path) -> None:
     Path(f"{ours}.json").unlink()
     with pytest.raises(UserError, match="give --tokenizer"):
-        merge_corpora(tmp_path / "out", [ours], MergeOptions())
-    merge_corpora(tmp_path / "out", [ours], MergeOptions(str(sp_model), "en"))
+        merge_corpora(tmp_path / "out", [str(ours)], MergeOptions())
+    merge_corpora(tmp_path / "out", [str(ours)], MergeOptions(str(sp_model), "en"))
     assert int(np.fromfile(f"{ours}.bin", "<u2").max()) >= load_tokenizer(hf_json).vocab_size
     with pytest.raises(UserError, match=r"ours.bin: token \d+ is id \d+, outside the vocabulary of"):
-        merge_corpora(tmp_path / "other", [ours], MergeOptions(str(hf_json), "en"))
+        merge_corpora(tmp_path / "other", [str(ours)], MergeOptions(str(hf_json), "en"))
     assert not list(tmp_path.glob("*other*"))
