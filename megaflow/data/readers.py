@@ -22,7 +22,7 @@ READ_BYTES = 1 << 18
 
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".ndjson", ".ndjson.zst")
 """Files that are taken from a folder given as input."""
-END_OF_STREAM = b"\0\0\0\0"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 """The last bytes of a whole Arrow stream."""
 
 Format = Literal["jsonl", "lines", "document", "parquet", "arrow"]
