@@ -57,7 +57,8 @@ class OpenMix:
     read: list[LedgerEntry]
     """The ledger as the run's folder has it; empty for a new run."""
     edit: LedgerEntry | None
-    """What an edited config adds to the ledger at the first step after the one resumed from."""
+    """What an edited config adds to the ledger at the first step after the one resumed from; UniMax weights are set
+    then."""
     forecast: Forecast
 
 
