@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from megaflow.data.blocks import Verify
 from megaflow.data.loader import Batch, Loader, make_batch
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.plan import StepPlan, count_micro_batches
@@ -38,12 +39,21 @@ def no_thread_stays() -> Iterator[None]:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Source]:
-    """Running text, packed examples, masked text, and masked packs that a run takes up later; epochs of a few steps."""
+    """Running text, packed examples, masked text in two shards, and masked packs that a run takes up later.
+
+    An epoch of each lasts a few steps only.
+    """
     write_corpus(tmp_path / "text", [7, 5, 12, 8] * 6)
     write_corpus(tmp_path / "packed", [3, 4, 5, 6] * 5, seq_length=10)
-    write_corpus(tmp_path / "masked", [9, 14, 3] * 5, masked=True)
+    for shard in (0, 1):
+        write_corpus(tmp_path / f"masked-{shard}", [9, 14, 3 + shard] * 3, masked=True)
     write_corpus(tmp_path / "more", [2, 7, 4] * 4, seq_length=10, masked=True)
-    return open_sources({name: tmp_path / name for name in ("text", "packed", "masked", "more")}, 10, seed=5)
+    return open_all(tmp_path)
+
+
+def open_all(folder: Path, verify: Verify = "lazy") -> list[Source]:
+    paths = {name: str(folder / name) for name in ("text", "packed", "masked-*", "more")}
+    return open_sources(paths, 10, 5, verify)
 
 
 def mix(sources: Sequence[Source], weights: list[str]) -> tuple[list[GroupSpec], CompiledSchedule]:
@@ -57,11 +67,12 @@ def mix(sources: Sequence[Source], weights: list[str]) -> tuple[list[GroupSpec],
 
 
 class Mixed(Sampler):
-    """A sampler of the first three sources."""
+    """A sampler of the first three sources, whose weights are shares of sequences or of tokens with loss."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], of_tokens: bool = False) -> None:
         groups, schedule = mix(sources[:3], ["0.5", "0.3", "0.2"])
-        super().__init__(seed=3, batch_size=8, seq_length=10, groups=groups, schedule=schedule)
+        count = (lambda k, epoch, index: sources[k].loss_tokens(epoch, index)) if of_tokens else None
+        super().__init__(3, 8, 10, groups, schedule, loss_tokens=count)
         self.all = sources
 
     def change_after(self, step: int) -> None:
@@ -118,14 +129,17 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), *THREADED])
-def test_prepared_steps_are_the_sampler_s_own(sources: list[Source], workers: int, prefetch: int) -> None:
+def test_prepared_steps_are_the_sampler_s_own(
+    sources: list[Source], workers: int, prefetch: int, of_tokens: bool
+) -> None:
     """Batches, plans, digests and states after each step, over changes of mix and batch size and an appended source."""
-    alone = Mixed(sources)
+    alone = Mixed(sources, of_tokens)
     whole = expected(alone, dp=2, dp_rank=1)
     assert {int(s) for _, batches, *_ in whole for batch in batches for s in batch.sources} == {0, 1, 2, 3}
     assert [len(plan.deck.window) for plan, *_ in whole] == [8] * 4 + [16] * 2 + [4] * 3 + [12] * 3
-    sampler = Mixed(sources)
+    sampler = Mixed(sources, of_tokens)
     with Loader(sampler, sources, 2, 1, 2, workers=workers, prefetch=prefetch, last_step=STEPS) as loader:
         taken = loaded(loader, sampler)
     assert [step for step, pair in enumerate(zip(taken, whole, strict=True), start=1) if not same(*pair)] == []
@@ -184,13 +198,15 @@ def test_a_fork_plans_the_sampler_s_steps_and_leaves_it(sources: list[Source]) -
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), *THREADED])
-def test_damaged_data_stop_the_step_they_belong_to(sources: list[Source], workers: int, prefetch: int) -> None:
+def test_damaged_data_stop_the_step_they_belong_to(
+    sources: list[Source], tmp_path: Path, workers: int, prefetch: int
+) -> None:
     """Steps before it are given out, the sampler stays where they end, no thread is left."""
-    path = Path(f"{sources[1].corpus.prefix}.bin")
+    path = tmp_path / "packed.bin"
     ids = np.fromfile(path, "<u2")
     ids[-1] = 5000
     ids.tofile(path)
-    damaged = open_sources({source.name: source.corpus.prefix for source in sources}, 10, 5, "off")
+    damaged = open_all(tmp_path, "off")
     alone, bad = Mixed(sources), sources[1].num_windows - 1
     while True:
         plan = alone.plan()
