@@ -99,11 +99,19 @@ class ListedCorpus:
 
     def fill(self, start: int, stop: int, window: Int32Array) -> Int64Array:
         """Fill `window` [3, S] from tokens `start .. stop - 1`, as `Corpus.fill`; the lengths of the documents."""
+        index = bisect_right(self._tokens_before, start) - 1
+        before = self._tokens_before[index]
+        if stop <= self._tokens_before[index + 1]:  # nearly always
+            return self.shard(index).fill(start - before, stop - before, window)
         lengths = []
         for corpus, first, last, at in self._parts(start, stop):
             end = at - start + last - first if at + last - first < stop else window.shape[1]  # the last one pads
             lengths.append(corpus.fill(first, last, window[:, at - start : end]))
-        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        return np.concatenate(lengths)
+
+    def count_labels(self, start: int, stop: int) -> int:
+        """How many of tokens `start + 1 .. stop` are labels with loss, as `Corpus.count_labels`."""
+        return sum(corpus.count_labels(first, last) for corpus, first, last, _ in self._parts(start, stop))
 
     def document_start(self, document: int) -> int:
         """First token of `document`; the number of tokens for the number of documents."""
