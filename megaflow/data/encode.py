@@ -119,12 +119,14 @@ def encode_chunk(chunk: Chunk, options: PrepareOptions, compare_all: bool = Fals
     def per_document(values: npt.ArrayLike) -> Int64Array:
         return np.bincount(document, weights=values, minlength=len(examples)).astype(np.int64)
 
-    lengths = per_document(ids.lengths) + 2
+    ends = np.array([segment.ends for segment in segments], np.int64)
+    ends[np.flatnonzero(np.diff(document, append=len(examples)))] = 1
+    lengths = per_document(ids.lengths + ends) + 1
     sizes = np.array([len(segment.text.encode()) for segment in segments], np.int64)
     loss = np.array([segment.loss for segment in segments], np.bool_)
     fits = lengths <= (options.seq_length or np.iinfo(np.int64).max)
     whole = fits[document]  # segments of documents that fit
-    tokens, mask = _framed(ids.of(whole), lengths[fits], loss[whole], _tokenizer(options.tokenizer))
+    tokens, mask = _framed(ids.of(whole), ends[whole], lengths[fits], loss[whole], _tokenizer(options.tokenizer))
     too_long = [f"{places[i]}: {lengths[i]} tokens" for i in np.flatnonzero(~fits)]
     return Encoded(
         tokens=tokens,
@@ -150,15 +152,17 @@ def _hashes(examples: Sequence[Example]) -> npt.NDArray[np.uint64]:
 
 
 def _framed(
-    ids: Ids, lengths: Int64Array, loss: npt.NDArray[np.bool_], tokenizer: Tokenizer
+    ids: Ids, ends: Int64Array, lengths: Int64Array, loss: npt.NDArray[np.bool_], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, npt.NDArray[np.uint8]]:
-    """Tokens of documents of `lengths`, with begin and end, and their mask; `ids` and `loss` are of segments."""
-    ends = np.cumsum(lengths)
-    inside = np.ones(lengths.sum(), np.bool_)
-    inside[ends - lengths] = inside[ends - 1] = False
-    tokens = np.empty(len(inside), token_dtype(tokenizer.vocab_size))
-    tokens[inside], tokens[ends - lengths], tokens[ends - 1] = ids.ids, tokenizer.start_id, tokenizer.eos_id
-    mask = np.ones(len(inside), np.uint8)
+    """Tokens of documents of `lengths`, with begin and ends, and their mask; `ids`, `ends`, `loss` are of segments."""
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.full(lengths.sum(), tokenizer.eos_id, token_dtype(tokenizer.vocab_size))
+    inside = np.ones(len(tokens), np.bool_)
+    inside[starts] = False
+    within = np.flatnonzero(inside)  # where segments and their ends are
+    inside[within[(np.cumsum(ids.lengths + ends) - 1)[ends == 1]]] = False
+    tokens[starts], tokens[inside] = tokenizer.start_id, ids.ids
+    mask = np.ones(len(tokens), np.uint8)
     mask[inside] = np.repeat(loss, ids.lengths)
     return tokens, mask
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import xxhash
@@ -39,10 +39,11 @@ _INPUT = re.compile(r"\s?\{input\}")
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a document, and whether the loss covers it."""
+    """Part of a document, whether the loss covers it, and whether an end token follows; one always does at the end."""
 
     text: str
     loss: bool = True
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class ExampleFormat:
         template: of `PRESETS`, or a string with the kind's fields in braces. The direction of a pair is
             chosen per example for the presets, a string is written as it stands. A conversation is the template once
             for each answer: a preset on lines of their own, a string back to back, the system prompt on a line before.
+            Each answer is followed by an end token, where generation is to stop.
         loss: "all", or "response" for the last field (and what follows it in the template) alone, in a conversation
             for each of the assistant's turns; the text before it is then tokenised separately, as a prompt is at
             generation.
@@ -117,18 +119,20 @@ class ExampleFormat:
         plain = chosen(key, TEMPLATED, self.plain_fraction)
         template = PLAIN if plain else PRESETS.get(self.template, self.template)
         between = "\n" if plain or self.template in PRESETS else ""
-        parts: list[Segment] = []
+        segments: list[Segment] = []
         before = f"{system}\n" if system.strip() else ""
         for named in turns:
-            parts += _fill(template if named["input"] else _INPUT.sub("", template), named, "output", before)
+            filled = _fill(template if named["input"] else _INPUT.sub("", template), named, "output", before)
+            segments += self._segments(filled, ends=named is not turns[-1])
             before = between
-        return Example(self._segments(parts), key)
+        return Example(tuple(segments), key)
 
-    def _segments(self, parts: Sequence[Segment]) -> tuple[Segment, ...]:
-        """Parts of a document as they are tokenised: together where the loss covers all of them."""
+    def _segments(self, parts: tuple[Segment, Segment], ends: bool = False) -> tuple[Segment, ...]:
+        """A prompt and a response as they are tokenised: together where the loss covers both."""
+        prompt, response = parts
         if self.loss == "all":
-            return (Segment("".join(part.text for part in parts)),)
-        return tuple(parts)
+            return (Segment(prompt.text + response.text, ends=ends),)
+        return prompt, replace(response, ends=ends)
 
 
 def _fill(template: str, named: Mapping[str, str], response: str, before: str = "") -> tuple[Segment, Segment]:

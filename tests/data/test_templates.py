@@ -46,12 +46,13 @@ def test_a_conversation_is_its_prompts_and_answers() -> None:
     talk = line(messages("a", "b", "c", "d", system="be kind"))
     assert TALK.example(talk, "jsonl").segments == (
         Segment("be kind\n### Instruction:a ### Response:", loss=False),
-        Segment("b"),
+        Segment("b", ends=True),
         Segment("\n### Instruction:c ### Response:", loss=False),
         Segment("d"),
     )
-    whole = "be kind\n### Instruction:a ### Response:b\n### Instruction:c ### Response:d"
-    assert replace(TALK, loss="all").example(talk, "jsonl").segments == (Segment(whole),)
+    whole = ("be kind\n### Instruction:a ### Response:b", "\n### Instruction:c ### Response:d")
+    segments = replace(TALK, loss="all").example(talk, "jsonl").segments
+    assert segments == (Segment(whole[0], ends=True), Segment(whole[1]))
 
 
 def test_templates_of_conversations() -> None:
@@ -154,10 +155,11 @@ def expected(model: Path, talk: list[dict[str, str]]) -> tuple[tuple[int, ...], 
     seen, labels = [tokenizer.start_id], []
     for asked, answer in zip(said[::2], said[1::2], strict=True):
         prompt = tokenizer.encode(f"{system}### Instruction:{asked} ### Response:")
-        labels += [-100] * len(prompt) + tokenizer.encode(answer)
-        seen += prompt + tokenizer.encode(answer)
+        answer_ids = [*tokenizer.encode(answer), tokenizer.eos_id]
+        labels += [-100] * len(prompt) + answer_ids
+        seen += prompt + answer_ids
         system = "\n"
-    return (*seen, tokenizer.eos_id), [*labels, tokenizer.eos_id, -100]
+    return tuple(seen), [*labels, -100]
 
 
 def packed(prefix: Path) -> dict[tuple[int, ...], list[int]]:
@@ -177,7 +179,7 @@ def packed(prefix: Path) -> dict[tuple[int, ...], list[int]]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_labels_are_the_answers_and_the_last_end_token(tmp_path: Path, sp_model: Path, name: str) -> None:
+def test_labels_are_the_answers_and_their_end_tokens(tmp_path: Path, sp_model: Path, name: str) -> None:
     talks = conversations()
     path = tmp_path / name
     if name == "a.parquet":
