@@ -134,8 +134,8 @@ def _copy(written: _Written, out: Path, corpus: AnyCorpus, command: str, progres
         done += tokens.nbytes
         progress(done)
     if manifest.seq_length is not None:
-        ends = (corpus.pack(index)[1] for index in range(corpus.num_packs))
-        writer.write_packs(manifest.seq_length, np.fromiter(chain([0], ends), dtype=np.int64))
+        last = (corpus.pack(index)[1] for index in range(corpus.num_packs))
+        writer.write_packs(manifest.seq_length, np.fromiter(chain([0], last), dtype=np.int64))
     return writer.complete(manifest.model_copy(update={"blocks": {}, "command": command}))
 
 

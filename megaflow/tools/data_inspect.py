@@ -28,7 +28,10 @@ CORPUS_ONLY = ("--seq-length", "--first", "--epoch", "--seed", "--tokenizer")
 
 def inspect(
     what: Annotated[
-        str, typer.Argument(metavar="PREFIX|CONFIG|RUN", help="A corpus, a config (YAML) or the folder of a run.")
+        str,
+        typer.Argument(
+            metavar="PREFIX|CONFIG|RUN", help="A corpus (or a pattern of several), a config, a run's folder."
+        ),
     ],
     windows: Annotated[int, typer.Option(min=1, help="Windows to show; of a step, of each source.")] = 3,
     step: Annotated[
@@ -73,10 +76,11 @@ def _of_corpus(
     tokenizer_path: Path | None,
 ) -> Iterator[RenderableType]:
     """Consecutive windows of a corpus."""
+    from megaflow.data.shards import open_corpus
     from megaflow.data.sources import open_source
     from megaflow.data.tokenizer import load_tokenizer
 
-    length = seq_length or _packed_for(prefix) or 256
+    length = seq_length or open_corpus(prefix).manifest.seq_length or 256
     source = open_source(Path(prefix).name, prefix, length, seed)
     manifest = source.corpus.manifest
     tokenizer = load_tokenizer(tokenizer_path or manifest.tokenizer.path)
@@ -89,15 +93,6 @@ def _of_corpus(
         raise UserError(f"--first {first}: {prefix} has {source.num_windows} windows of {length}, from 0 on")
     for index in range(first, min(first + windows, source.num_windows)):
         yield from _window(source, epoch, index, seed, tokenizer)
-
-
-def _packed_for(prefix: str) -> int | None:
-    """The sequence length that a corpus is packed for; None for text, and where only opening it can tell."""
-    from megaflow.data.corpus import corpus_path
-    from megaflow.data.manifest import read_manifest
-
-    path = corpus_path(prefix, "json")
-    return read_manifest(path).seq_length if path.exists() else None
 
 
 def _of_step(what: Path, step: int, windows: int) -> Iterator[RenderableType]:
@@ -140,8 +135,8 @@ def _window(source: Source, epoch: int, index: int, seed: int, tokenizer: Tokeni
     document, start, documents = _place(source, epoch, index, seed, len(lengths))
     padding = int(lengths[documents:].sum())
     yield Text(
-        f"{source.name}, window {index} of epoch {epoch}: {len(tokens) - padding} tokens, {loss.sum()} labels with "
-        f"loss, {documents} document{'s' if documents > 1 else ''}, {padding} padding",
+        f"{source.name}, window {index} of epoch {epoch}: {len(tokens) - padding} tokens, {loss.sum()} with loss, "
+        f"{documents} document{'s' if documents > 1 else ''}, {padding} padding",
         style="bold",
     )
     at = 0

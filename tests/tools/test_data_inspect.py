@@ -67,7 +67,7 @@ def test_a_pack_shows_documents_masks_and_padding(tmp_path: Path, sp_model: Path
     shown = call(tmp_path / "pairs", "--first", 1, "--windows", 5).splitlines()
     sizes = [len(ids) for ids in documents[2:]]
     assert shown[1] == (
-        f"pairs, window 1 of epoch 0: {sum(sizes)} tokens, 4 labels with loss, 2 documents, {64 - sum(sizes)} padding"
+        f"pairs, window 1 of epoch 0: {sum(sizes)} tokens, 4 with loss, 2 documents, {64 - sum(sizes)} padding"
     )
     assert shown[2].startswith(f"document 2, {sizes[0]} tokens ──")
     assert shown[4].startswith(f"document 3, {sizes[1]} tokens ──")
