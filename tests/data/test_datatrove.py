@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megaflow.data.corpus import Corpus
 from megaflow.data.encode import PrepareOptions
@@ -134,6 +137,29 @@ def test_two_tasks_a_killed_one_run_again_and_the_merge(tmp_path: Path, sp_model
         texts += [tokenizer.decode(corpus.tokens(a, b).tolist()) for a, b in pairwise(starts)]
     expected = [f"{s} {i} {SAMPLE[i % 3]}"[:30] + SAMPLE[3 + i % 2][:5] + f"{i}" for s in range(2) for i in range(30)]
     assert sorted(texts) == sorted(expected)
+
+
+def test_the_recipe_runs(tmp_path: Path, sp_model: Path) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "datatrove.md"
+    script = re.search(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert script
+    inputs = tmp_path / "configs" / "demo"
+    inputs.mkdir(parents=True)
+    shutil.copy(sp_model, inputs / "tokenizer.model")
+    texts = [{"text": SAMPLE[3] * length} for length in range(1, 41)]
+    pairs = [{"en": f"{i} {SAMPLE[1]}", "zh": f"{SAMPLE[4]}{i}"} for i in range(40)]
+    for name, rows in (("zh", texts), ("parallel", pairs)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (inputs / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (tmp_path / "make_corpora.py").write_text(script[1])
+    subprocess.run(
+        [sys.executable, "make_corpora.py", "local"], cwd=tmp_path, check=True, capture_output=True, timeout=60
+    )
+    kept = {}
+    for prefix in ("zh-00000", "pairs-00000"):
+        manifest = Corpus.open(tmp_path / "corpora" / prefix, "full").manifest
+        kept[prefix] = manifest.documents + manifest.heldout_documents
+    assert kept == {"zh-00000": sum(len(row["text"]) >= 200 for row in texts), "pairs-00000": 40}
 
 
 def test_shards_of_more_tasks_are_not_mixed_in(tmp_path: Path, sp_model: Path) -> None:
