@@ -34,7 +34,8 @@ i64 quota(i64 batch, i64 size, const i64* weights, i64* residuals, i64* counts, 
             if (weights[k] > 0 && residuals[k] >= kOne && (receiver < 0 || residuals[k] > residuals[receiver])) receiver = k;
             if (counts[k] > 0 && residuals[k] <= 0 && (giver < 0 || residuals[k] < residuals[giver])) giver = k;
         }
-        if (receiver < 0 || giver < 0) return corrections;
+        // owed a sequence exactly, from one owed nothing: they would only change places, for ever
+        if (receiver < 0 || giver < 0 || residuals[receiver] - residuals[giver] == kOne) return corrections;
         counts[receiver] += 1;
         residuals[receiver] -= kOne;
         counts[giver] -= 1;

@@ -48,10 +48,12 @@ i64 first_after(const Stream& stream, i64 at, i64 low, i64 high) {
     return low;
 }
 
+bool bit_at(const unsigned char* mask, i64 at) { return (mask[at / 8] >> (at % 8)) & 1; }
+
 // Takes the loss off the `count` labels whose bits begin at bit `at`; whole bytes go eight labels at a time.
 void apply_mask(const unsigned char* mask, i64 at, i64 count, i32* labels) {
     const auto one = [&](i64 i) {
-        if (!((mask[(at + i) / 8] >> ((at + i) % 8)) & 1)) labels[i] = kIgnore;
+        if (!bit_at(mask, at + i)) labels[i] = kIgnore;
     };
     i64 i = 0;
     for (; i < count && (at + i) % 8 != 0; ++i) one(i);
@@ -125,6 +127,27 @@ i64 megaflow_fill(const Stream* stream, i64 start, i64 stop, i64 size, i64 strid
     if (found == 0 || lengths[found - 1] != size) lengths[found++] = size;
     for (i64 d = found - 1; d > 0; --d) lengths[d] -= lengths[d - 1];
     return found;
+}
+
+// How many of tokens start + 1 .. stop, as far as there are any, are labels with loss: those that the mask does not
+// take out and that begin no document. `starts`, `first` and `found` as for megaflow_starts, of which `found` is what it
+// returns; -1 where it does.
+i64 megaflow_count_labels(const Stream* stream, i64 start, i64 stop, i64* starts, i64* first, i64* found) {
+    *found = megaflow_starts(stream, start, stop, starts, first);
+    if (*found < 0) return -1;
+    const i64 last = std::min(stop, stream->num_tokens - 1);
+    const unsigned char* mask = stream->mask;
+    i64 count = last - start;
+    if (mask != nullptr) {
+        count = 0;
+        i64 at = start + 1;
+        for (; at <= last && at % 8 != 0; ++at) count += bit_at(mask, at);
+        for (; at + 8 <= last + 1; at += 8) count += __builtin_popcount(mask[at / 8]);
+        for (; at <= last; ++at) count += bit_at(mask, at);
+    }
+    for (i64 d = 0; d < *found && start + starts[d] <= last; ++d)
+        count -= mask == nullptr || bit_at(mask, start + starts[d]);
+    return count;
 }
 
 }  // extern "C"

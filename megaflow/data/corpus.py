@@ -234,6 +234,26 @@ class Corpus:
         starts = self.starts_within(start, stop, use_native)
         return fill_window(ids, mask, starts, stop - start, self.manifest.tokenizer.eos_id, window)
 
+    def count_labels(self, start: int, stop: int, use_native: bool = True) -> int:
+        """How many of tokens `start + 1 .. stop`, as far as there are any, are labels with loss; reads no tokens."""
+        last = min(stop, self.num_tokens - 1)
+        library = native.library() if use_native else None
+        if library is not None:
+            if self._mask is not None:
+                self._mask.check(start // 8, last // 8 + 1)
+            starts, at, found = np.empty(stop - start + 1, dtype=np.int64), ctypes.c_int64(), ctypes.c_int64()
+            results = native.address(starts), ctypes.byref(at), ctypes.byref(found)
+            count: int = library.megaflow_count_labels(ctypes.byref(self._stream), start, stop, *results)
+            if count >= 0:
+                self._check_around(at.value, at.value + found.value)
+                return count
+        starts = self.starts_within(start, stop, use_native)
+        starts = starts[start + starts <= last]  # the end of the stream counts as a start
+        if not self.has_mask:
+            return last - start - len(starts)
+        mask = self.loss_mask(start, last + 1)
+        return int(np.count_nonzero(mask[1:])) - int(np.count_nonzero(mask[starts]))
+
     def _check_around(self, first: int, last: int) -> None:
         """Check the offsets of documents `first .. last - 1` and of one on either side."""
         self._check_offsets(max(0, first - 1), min(last + 1, self.num_documents))

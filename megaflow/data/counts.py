@@ -52,6 +52,8 @@ def quota(batch: int, weights: Sequence[int], residuals: list[int]) -> tuple[lis
             return counts, corrections
         receiver = max(receivers, key=lambda k: (residuals[k], -k))
         giver = min(givers, key=lambda k: (residuals[k], k))
+        if residuals[receiver] - residuals[giver] == ONE:  # they would only change places, for ever
+            return counts, corrections
         counts[receiver] += 1
         residuals[receiver] -= ONE
         counts[giver] -= 1

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "_host.so"
-ABI_VERSION = 3  # raised together with `megaflow_abi_version` in csrc/host.cpp whenever a signature changes
+ABI_VERSION = 4  # raised together with `megaflow_abi_version` in csrc/host.cpp whenever a signature changes
 
 _I64 = ctypes.c_int64
 _ARRAY = ctypes.c_void_p  # the address of the first element
@@ -65,6 +65,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.megaflow_starts.restype = _I64
     library.megaflow_fill.argtypes = [_ARRAY, *[_I64] * 4, *[_ARRAY] * 3]
     library.megaflow_fill.restype = _I64
+    library.megaflow_count_labels.argtypes = [_ARRAY, _I64, _I64, *[_ARRAY] * 3]
+    library.megaflow_count_labels.restype = _I64
     library.megaflow_advance.argtypes = [*[_I64] * 5, _ARRAY, _ARRAY, _I64, *[_ARRAY] * 12]
     library.megaflow_advance.restype = _I64
     library.megaflow_best_fit.argtypes = [_I64, _ARRAY, _I64, _ARRAY]

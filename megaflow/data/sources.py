@@ -50,17 +50,6 @@ class Source(ABC):
             UserError: what was to be read is damaged.
         """
 
-    def _count_labels(self, start: int, stop: int) -> int:
-        """How many of tokens `start + 1 .. stop`, as far as there are any, are labels with loss."""
-        corpus = self.corpus
-        labels = min(stop, corpus.num_tokens - 1) - start
-        starts = corpus.starts_within(start, stop) - 1
-        starts = starts[starts < labels]  # the end of the stream counts as a start
-        if not corpus.has_mask:
-            return labels - len(starts)
-        mask = corpus.loss_mask(start, start + labels + 1)[1:]
-        return int(np.count_nonzero(mask)) - int(np.count_nonzero(mask[starts]))
-
 
 class TextSource(Source):
     """Running text: the tokens are a ring, window w of epoch e starts at token `(offset(e) + w * S) mod T`."""
@@ -84,9 +73,9 @@ class TextSource(Source):
     def loss_tokens(self, epoch: int, index: int) -> int:
         start = (self._offset(epoch) + index * self.seq_length) % self.corpus.num_tokens
         left = self.corpus.num_tokens - start
-        count = self._count_labels(start, min(start + self.seq_length, self.corpus.num_tokens))
+        count = self.corpus.count_labels(start, min(start + self.seq_length, self.corpus.num_tokens))
         if self.seq_length > left:  # token 0, which begins a document, is no label with loss
-            count += self._count_labels(0, self.seq_length - left)
+            count += self.corpus.count_labels(0, self.seq_length - left)
         return count
 
     def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
@@ -120,7 +109,7 @@ class PackedSource(Source):
         return start, stop
 
     def loss_tokens(self, epoch: int, index: int) -> int:
-        return self._count_labels(*self._span(index))
+        return self.corpus.count_labels(*self._span(index))
 
     def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
         return self.corpus.fill(*self._span(index), window)
@@ -138,7 +127,7 @@ class SequentialSource(Source):
         return start, min(start + self.seq_length, self.corpus.num_tokens)
 
     def loss_tokens(self, epoch: int, index: int) -> int:
-        return self._count_labels(*self._span(index))
+        return self.corpus.count_labels(*self._span(index))
 
     def read(self, epoch: int, index: int, window: Int32Array) -> Int64Array:
         return self.corpus.fill(*self._span(index), window)

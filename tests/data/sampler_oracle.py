@@ -74,6 +74,8 @@ def share(batch: int, weights: list[int], r: list[int]) -> list[int]:
     while any(weights[i] > 0 and r[i] >= ONE for i in K) and any(n[j] > 0 and r[j] <= 0 for j in K):
         i = max((k for k in K if weights[k] > 0 and r[k] >= ONE), key=lambda k: (r[k], -k))
         j = min((k for k in K if n[k] > 0 and r[k] <= 0), key=lambda k: (r[k], k))
+        if r[i] == ONE and r[j] == 0:  # they would only change places
+            break
         n[i], r[i] = n[i] + 1, r[i] - ONE
         n[j], r[j] = n[j] - 1, r[j] + ONE
     return n

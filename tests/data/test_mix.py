@@ -130,6 +130,19 @@ def test_the_safety_valve_repays_an_abrupt_switch(use_native):
 
 
 @both
+def test_the_safety_valve_ends_where_two_groups_would_only_change_places(use_native):
+    """One is owed a sequence exactly, the other nothing; the third, which had too much, is off."""
+    groups = [GroupSpec(name, (SourceSpec(name, 100, 100),), (ONE,)) for name in "abc"]
+    sampler = Sampler(1, 2, 8, groups, compile_knots("steps", [Knot(0, [1, 1, 0])]), use_native)
+    state = sampler.state_dict()
+    for group, residual in zip(state["groups"], (ONE, 0, -ONE), strict=True):
+        group["residual"] = residual
+    sampler.load_state_dict(state)
+    plan = sampler.plan()
+    assert (plan.group_counts, plan.corrections) == ([1, 1, 0], 0)
+
+
+@both
 def test_a_group_that_is_off_is_owed_until_it_returns(use_native):
     groups = [GroupSpec(name, (SourceSpec(name, 100, 100),), (ONE,)) for name in "abc"]
     schedule = compile_knots("steps", [Knot(0, [1, 1, 0]), Knot(2, [1, 1, 2], "const")])

@@ -56,7 +56,7 @@ def test_quotas() -> None:
         ones = np.ones(len(shares), np.int64)
         rule = CountRule(CompiledSchedule("steps", knots), 1, np.array(sizes), np.array(shares), ones, ones)
         progress = Progress.start(len(sizes), len(shares))
-        residuals, of_sources = [random.randint(-2 * ONE, 2 * ONE) for _ in sizes[1:]], [[0] * size for size in sizes]
+        residuals, of_sources = [random.randint(-4, 4) * ONE // 2 for _ in sizes[1:]], [[0] * size for size in sizes]
         residuals.append(-sum(residuals))
         progress.group_residuals[:] = residuals
         edges = list(pairwise(accumulate(sizes, initial=0)))
@@ -169,6 +169,8 @@ def test_windows(tmp_path: Path, dtype: str, masked: bool) -> None:
             assert corpus.fill(start, stop, window, use_native).tolist() == lengths
             assert window.tolist() == expected
             assert (memory == -7).sum() == 3 * (64 - size)
+            with_loss = sum(label != -100 for label in plain[1][start + 1 : stop + 1])
+            assert corpus.count_labels(start, stop, use_native) == with_loss
 
 
 def test_cards() -> None:
