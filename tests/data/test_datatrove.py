@@ -129,6 +129,11 @@ def test_two_tasks_a_killed_one_run_again_and_the_merge(tmp_path: Path, sp_model
     written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     run_pipeline(tmp_path, sp_model, "text", 2)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    before = files(out / "c-00001")
+    shutil.rmtree(tmp_path / "logs")
+    run_pipeline(tmp_path, sp_model, "text", 2)
+    assert files(out / "c-00001") == before
+    assert all(path.stat().st_mtime_ns > time for path, time in written.items())
     merge_corpora(out / "all", expand(str(out / "c-*")), MergeOptions())
     tokenizer, texts = load_tokenizer(sp_model), []
     for prefix in (out / "all", out / "all.heldout"):

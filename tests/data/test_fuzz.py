@@ -262,6 +262,15 @@ def test_damaged_files_of_other_tools(tmp_path: Path, sp_model: Path, kind: str)
     in_child(600, case, tmp_path)
 
 
+def test_padding_is_in_the_vocabulary(tmp_path: Path, sp_model: Path) -> None:
+    prefix = write(tmp_path / "a", sp_model, "<u2", LENGTH)
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    manifest["tokenizer"]["eos_id"] = manifest["tokenizer"]["vocab_size"]
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"a\.json: not a corpus manifest: tokenizer: .*eos_id \d+ is outside"):
+        Corpus.open(prefix)
+
+
 def test_the_child_reports_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.data.test_fuzz.SECONDS", 1)
     for case, why in (

@@ -134,6 +134,17 @@ def test_contradictory_indices_are_refused(
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [(12, "6 tokens where the index has 7 or more"), (16, "8 tokens where the index has 7"), (13, "no whole number")],
+)
+def test_tokens_and_index_of_different_lengths_are_refused(tmp_path: Path, sp_model: Path, size: int, why: str) -> None:
+    foreign_files(tmp_path / "in", [3, 4], [0, 6], [0, 1, 2])
+    corpus_path(tmp_path / "in", "bin").write_bytes((b"\5\0" * 8)[:size])
+    with pytest.raises(UserError, match=why):
+        merge_corpora(tmp_path / "out", [str(tmp_path / "in")], MergeOptions(str(sp_model), "en"))
+
+
 def test_corpora_with_and_without_manifest_do_not_mix(tmp_path: Path, sp_model: Path, shards: list[Path]) -> None:
     foreign_files(tmp_path / "in", [3, 4], [0, 6], [0, 1, 2])
     with pytest.raises(UserError, match=f"^{tmp_path}/in: has no manifest, unlike"):
