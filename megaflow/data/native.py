@@ -41,7 +41,7 @@ class Stream(ctypes.Structure):
 
 def address(array: NDArray[Any]) -> ctypes.Array[ctypes.c_char]:
     """Where a writable, contiguous array begins, as an argument of the library; a quarter of the time of `.ctypes`."""
-    return _NO_BYTES.from_buffer(array)
+    return _NO_BYTES.from_buffer(array.data)
 
 
 @functools.cache

@@ -6,6 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaflow.data import native
+from megaflow.data.loader import Loader
+from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.schedule import ONE, Knot, compile_knots
+from megaflow.data.sources import open_sources
+from tests.data.corpora import write_corpus
 
 both = pytest.mark.parametrize("use_native", [False, True], ids=["python", "native"])
 
@@ -75,6 +80,31 @@ def test_a_library_of_other_sources_is_not_called(monkeypatch):
     library, statement = native._load.__wrapped__()
     assert library is None
     assert "another version" in statement
+
+
+def test_a_run_without_the_library_reads_the_same(tmp_path, monkeypatch):
+    if native.library() is None:
+        pytest.skip(native.status())
+    write_corpus(tmp_path / "text", [7, 5, 12, 8] * 6, masked=True)
+    write_corpus(tmp_path / "pairs", [3, 4, 5, 6] * 5, seq_length=10)
+
+    def steps() -> list:
+        sources = open_sources({name: tmp_path / name for name in ("text", "pairs")}, 10, seed=5)
+        groups = [
+            GroupSpec(source.name, (SourceSpec(source.name, source.num_windows, source.documents),), (ONE,))
+            for source in sources
+        ]
+        loader = Loader(Sampler(1, 8, 10, groups, compile_knots("tokens", [Knot(0, [2, 1])])), sources, 2, 1, 2)
+        read = []
+        for _ in range(6):
+            plan, batches = loader.next_step()
+            tensors = [(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens) for batch in batches]
+            read.append((plan.digest, [[tensor.tolist() for tensor in four] for four in tensors]))
+        return [read, [source.loss_tokens(0, index) for source in sources for index in range(source.num_windows)]]
+
+    with_library = steps()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert steps() == with_library
 
 
 def test_status_is_one_line():
