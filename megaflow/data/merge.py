@@ -61,6 +61,7 @@ class _Written:
 
     stack: ExitStack
     out: Path
+    replaced: Sequence[Path]
     writers: list[CorpusWriter] = field(default_factory=list)
 
     def writer(self, prefix: Path, dtype: np.dtype) -> CorpusWriter:
@@ -68,8 +69,8 @@ class _Written:
         return self.writers[-1]
 
     def commit(self) -> None:
-        remove_corpus(self.out)
-        remove_corpus(heldout_prefix(self.out))
+        for prefix in self.replaced:
+            remove_corpus(prefix)
         for writer in self.writers:
             writer.commit()
 
@@ -86,11 +87,14 @@ def merge_corpora(
     Raises:
         UserError: a corpus is missing, damaged or unlike the first one; or `out` is there or cannot be written.
     """
-    if corpus_path(out, "json").exists() and not options.overwrite:
-        raise UserError(f"{out}: a corpus is there already; choose another name or give --overwrite")
+    foreign = [is_foreign(Path(prefix)) for prefix in prefixes]
+    # of other tools' corpora nothing is held out, but another merge may have made `<out>.heldout` of some
+    sides = [out] if all(foreign) and not options.overwrite else [out, heldout_prefix(out)]
+    for side in sides:
+        if corpus_path(side, "json").exists() and not options.overwrite:
+            raise UserError(f"{side}: a corpus is there already; choose another name or give --overwrite")
     if any(not is_url(prefix) and Path(prefix).resolve() == out.resolve() for prefix in prefixes):
         raise UserError(f"{out}: is one of the corpora to be merged; choose another name")
-    foreign = [is_foreign(Path(prefix)) for prefix in prefixes]
     if any(foreign) and not all(foreign):
         ours, theirs = prefixes[foreign.index(False)], prefixes[foreign.index(True)]
         raise UserError(f"{theirs}: has no manifest, unlike {ours}; merge the corpora without one by themselves first")
@@ -98,9 +102,9 @@ def merge_corpora(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out), ExitStack() as stack:
-            for side in (out, heldout_prefix(out)):
+            for side in sides:
                 remove_temporaries(side)
-            written = _Written(stack, out)
+            written = _Written(stack, out, sides)
             report = merge(written, prefixes, options, progress or (lambda done: None))
             written.commit()
         return report

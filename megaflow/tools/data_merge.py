@@ -42,7 +42,7 @@ def merge(
     """Make one corpus of several, in the order given.
 
     Corpora of `megaflow prepare` must have been prepared alike; packs, masks and held-out documents are kept. Those of
-    other tools are taken as running text and none of it is held out.
+    other tools are taken as running text and none of it is held out: merge a part of them as OUT.heldout.
     """
     from megaflow.data.merge import MergeOptions
 

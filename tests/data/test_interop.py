@@ -23,7 +23,7 @@ from megaflow.data.templates import ExampleFormat
 from megaflow.data.tokenizer import load_tokenizer
 from megaflow.errors import UserError
 from tests.data.conftest import SAMPLE
-from tests.data.corpora import document_starts
+from tests.data.corpora import document_starts, write_corpus
 
 megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="datatrove is not installed")
@@ -64,10 +64,11 @@ import json, sys
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-dataset = IndexedDataset(sys.argv[1])
-assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
-print(json.dumps([dataset[i].tolist() for i in range(len(dataset))]))
-folder = sys.argv[2]
+folder, *prefixes = sys.argv[1:]
+datasets = [IndexedDataset(prefix) for prefix in prefixes]
+for dataset in datasets:
+    assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
+print(json.dumps([[dataset[i].tolist() for i in range(len(dataset))] for dataset in datasets]))
 for name in ("int32", "uint16", "int64", "int16"):
     builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=getattr(np, name))
     builder.add_document(torch.tensor([1, 5, 6, 7, 2]), [3, 2])  # a document of two sequences
@@ -88,7 +89,9 @@ builder.finalize(f"{folder}/added.idx")
 
 @megatron
 def test_megatron_core_reads_ours_and_merge_reads_what_it_writes(tmp_path: Path, ours: Path, sp_model: Path) -> None:
-    assert json.loads(run_script(MEGATRON, ours, tmp_path)) == documents(Corpus.open(ours))
+    write_corpus(tmp_path / "wide", [5, 1, 9], dtype=np.dtype("<i4"))
+    read = json.loads(run_script(MEGATRON, tmp_path, ours, tmp_path / "wide"))
+    assert read == [documents(Corpus.open(prefix)) for prefix in (ours, tmp_path / "wide")]
     options = MergeOptions(tokenizer=str(sp_model), language="en")
     expected = [[1, 5, 6, 7, 2], [1, 9, 2], [8, 9]]
     for name in ("int32", "uint16", "int64", "int16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_contradictory_indices_are_refused(
     with pytest.raises(UserError, match=why):
         merge_corpora(tmp_path / "out", [str(tmp_path / "in")], MergeOptions(str(sp_model), "en"))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_other_tools_documents_may_be_held_out_by_a_merge_of_their_own(tmp_path: Path, sp_model: Path) -> None:
+    foreign_files(tmp_path / "train", [3, 4], [0, 6], [0, 1, 2])
+    foreign_files(tmp_path / "test", [5], [0], [0, 1])
+    options = MergeOptions(str(sp_model), "en")
+    merge_corpora(tmp_path / "out.heldout", [str(tmp_path / "test")], options)
+    merge_corpora(tmp_path / "out", [str(tmp_path / "train")], options)
+    assert [Corpus.open(tmp_path / name).num_tokens for name in ("out", "out.heldout")] == [7, 5]
+    merge_corpora(tmp_path / "out", [str(tmp_path / "train")], replace(options, overwrite=True))
+    assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.bin", "out.idx", "out.json"]
 
 
 @pytest.mark.parametrize(
