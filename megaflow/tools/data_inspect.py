@@ -136,7 +136,7 @@ def _window(source: Source, epoch: int, index: int, seed: int, tokenizer: Tokeni
     padding = int(lengths[documents:].sum())
     yield Text(
         f"{source.name}, window {index} of epoch {epoch}: {len(tokens) - padding} tokens, {loss.sum()} with loss, "
-        f"{documents} document{'s' if documents > 1 else ''}, {padding} padding",
+        f"{documents} document{'s' if documents > 1 else ''}" + (f", {padding} padding" if padding else ""),
         style="bold",
     )
     at = 0
