@@ -121,6 +121,8 @@ def prepare(
     from megaflow.data.encode import PrepareOptions
     from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
 
+    if ":/" in str(out):
+        raise UserError(f"OUT {out}: corpora are written to local folders; give one, and copy the files to the URL")
     template = template if template is not None else DEFAULT_TEMPLATE.get(kind.value, "")
     if turns_field is not None and kind is not KindChoice.instruction:
         raise UserError(f"--turns-field is for --kind instruction, not {kind.value}")

@@ -16,6 +16,7 @@ from megaflow.data.manifest import Manifest
 from megaflow.data.remote import RemoteFile
 from megaflow.data.shards import open_corpus, open_heldout_corpus
 from megaflow.errors import UserError
+from megaflow.tools.cli import app
 from tests.data.corpora import TOKENIZER
 from tests.data.test_shards import LENGTH, every_window, sources_of, write_shard
 from tests.distributed import run_ranks
@@ -273,3 +274,12 @@ def test_processes_share_a_cache(tmp_path: Path, network: Network) -> None:
         return "opened"
 
     assert "bucket/zh-1: its tokenizer (t.model) has another probe" in run_ranks(1, refused)[0]
+
+
+def test_corpora_are_not_prepared_at_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("words\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["prepare", "s3://bucket/zh", str(text), "--tokenizer", str(text), "--language", "zh"]
+    with pytest.raises(UserError, match="corpora are written to local folders"):
+        app(command, standalone_mode=False)
