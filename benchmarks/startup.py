@@ -39,7 +39,7 @@ def memory_mb(name: str) -> float:
 
 def sparse_corpus(prefix: Path, windows: int) -> None:
     """A corpus whose every document is one window, with holes where its data would be."""
-    from megaflow.data.corpus import HEADER, MAGIC
+    from megaflow.data.corpus_files import HEADER, MAGIC
     from megaflow.data.manifest import Manifest, TokenizerInfo
 
     tokens = windows * SEQ_LENGTH

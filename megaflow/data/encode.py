@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megaflow.data.corpus import Int64Array, token_dtype
+from megaflow.data.corpus_files import Int64Array, token_dtype
 from megaflow.data.encoders import Encode, EncoderName, Ids, differences, load_encoder, own_encoder
 from megaflow.data.readers import BadRecord, Chunk
 from megaflow.data.templates import COMPARED, HELDOUT, Example, ExampleFormat, chosen

@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.corpus import HEADER, MAGIC, Int64Array, corpus_path
+from megaflow.data.corpus_files import HEADER, MAGIC, Int64Array, corpus_path
 from megaflow.errors import UserError
 
 ID_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megaflow.data.corpus import Int64Array, corpus_path, token_dtype
+from megaflow.data.corpus_files import Int64Array, corpus_path, token_dtype
 from megaflow.data.foreign import is_foreign, read_foreign, tokens_path
 from megaflow.data.manifest import Manifest, TokenizerInfo
 from megaflow.data.prefixes import is_url

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megaflow import __version__
-from megaflow.data.corpus import Int64Array, corpus_path, pack_suffix, token_dtype
+from megaflow.data.corpus_files import Int64Array, corpus_path, pack_suffix, token_dtype
 from megaflow.data.dedup import duplicates
 from megaflow.data.encode import PrepareOptions, encode_all
 from megaflow.data.encoders import encoder_version

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from megaflow.data.blocks import BlockFile, Verify
-from megaflow.data.corpus import Corpus, check_index, file_sizes
+from megaflow.data.corpus import Corpus
+from megaflow.data.corpus_files import check_index, file_sizes
 from megaflow.data.manifest import Manifest, parse_manifest
 from megaflow.data.prefixes import filesystem
 from megaflow.errors import UserError

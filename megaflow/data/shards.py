@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megaflow.data.blocks import Verify
-from megaflow.data.corpus import Corpus, Int32Array, Int64Array, corpus_path
+from megaflow.data.corpus import Corpus
+from megaflow.data.corpus_files import Int32Array, Int64Array, corpus_path
 from megaflow.data.manifest import SUMMED, Manifest, read_manifest
 from megaflow.data.prefixes import Paths, expand, is_url
 from megaflow.data.remote import RemoteCorpus, check_remote_files, default_cache_dir, fetch_manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megaflow.data.blocks import Verify
-from megaflow.data.corpus import Int32Array, Int64Array
+from megaflow.data.corpus_files import Int32Array, Int64Array
 from megaflow.data.order import window_offset
 from megaflow.data.prefixes import Paths
 from megaflow.data.shards import AnyCorpus, open_corpus, open_heldout_corpus

@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.corpus import DTYPE_CODES, HEADER, MAGIC, Int64Array, corpus_path, pack_suffix
+from megaflow.data.corpus_files import DTYPE_CODES, HEADER, MAGIC, Int64Array, corpus_path, pack_suffix
 from megaflow.data.manifest import Manifest, hash_blocks
 from megaflow.errors import UserError
 

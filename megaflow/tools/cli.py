@@ -26,8 +26,8 @@ app = typer.Typer(
 )
 for command in (prepare, config, doctor, plot, generate, export):
     app.command()(command)
-for command in (inspect, merge):
-    data.command()(command)
+data.command()(inspect)
+data.command()(merge)
 app.add_typer(data, name="data")
 
 

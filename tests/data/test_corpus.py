@@ -13,7 +13,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.corpus import Corpus, token_dtype
+from megaflow.data.corpus import Corpus
+from megaflow.data.corpus_files import token_dtype
 from megaflow.data.manifest import Manifest, TokenizerInfo, hash_blocks
 from megaflow.data.writer import CorpusWriter
 from megaflow.errors import UserError

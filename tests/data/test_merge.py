@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaflow.data.corpus import HEADER, MAGIC, Corpus, corpus_path
+from megaflow.data.corpus import Corpus
+from megaflow.data.corpus_files import HEADER, MAGIC, corpus_path
 from megaflow.data.encode import PrepareOptions
 from megaflow.data.merge import MergeOptions, merge_corpora
 from megaflow.data.prepare import prepare_corpus
