@@ -56,12 +56,14 @@ def test_a_name_is_prepared_by_one_process_at_a_time(
         finally:
             os._exit(0)
     os.read(begun[0], 1)
-    with pytest.raises(UserError, match=r"/c: another process is writing a corpus of this name") as caught:
-        prepare_corpus(tmp_path / "c", inputs, some_bad)
+    try:
+        with pytest.raises(UserError, match=r"/c: another process is writing a corpus of this name") as caught:
+            prepare_corpus(tmp_path / "c", inputs, some_bad)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     assert "\n" not in str(caught.value)
     prepare_corpus(tmp_path / "cc", inputs, some_bad)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     assert (tmp_path / ".tmp-c.lock").exists()
     prepare_corpus(tmp_path / "c", inputs, some_bad)  # the lock went with the process
     assert content(tmp_path / "c") == content(tmp_path / "cc")
