@@ -178,8 +178,8 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
     limits = Limits(partition_documents=1000, batch_tokens=5000, bucket_tokens=5000, bucket_documents=1000)
     peaks = []
     random = np.random.default_rng(1)
-    for size in (5_000, 50_000):
-        folder = tmp_path / str(size)
+    for run, size in enumerate((10_000, 10_000, 100_000)):  # the first time also loads modules
+        folder = tmp_path / str(run)
         folder.mkdir()
         hashes = random.integers(0, size, (size, 1), np.uint64)
         hashes[: size // 2] = 7  # one text is there very often
@@ -192,7 +192,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
             train._write_index()
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[2] < 1.5 * peaks[1]
 
 
 def test_the_index_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
