@@ -32,7 +32,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 6
     Arguments are inherited through the fork; results must be picklable and are copied back (tensors by value).
 
     Raises:
-        RankError: with the traceback of the first rank that raised, or the ranks still running after `timeout` s.
+        RankError: with the traceback of the rank that raised first, or the ranks still running after `timeout` s.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         children: dict[Connection, tuple[int, int]] = {}
@@ -69,12 +69,12 @@ def _child(
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
-        result = pickle.dumps((True, fn(*args)))
+        result = pickle.dumps((True, 0.0, fn(*args)))
         dist.barrier()  # a rank that leaves early would break the others' last collective
         sender.send_bytes(result)
         status = 0
     except BaseException:
-        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        sender.send_bytes(pickle.dumps((False, time.monotonic(), traceback.format_exc())))
     finally:
         # Without the interpreter's clean-up: the exit handlers belong to the parent.
         sys.stdout.flush()
@@ -91,16 +91,21 @@ def _collect(children: dict[Connection, tuple[int, int]], world: int, timeout: f
         if not ready:
             ranks = sorted(rank for rank, _ in pending.values())
             raise RankError(f"ranks {ranks} of {world} did not finish within {timeout} s")
+        raised: list[tuple[float, int, str]] = []
         for receiver in ready:
             assert isinstance(receiver, Connection)
             rank, _ = pending.pop(receiver)
             try:
-                ok, value = pickle.loads(receiver.recv_bytes())
+                ok, moment, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} of {world} died without a result") from None
-            if not ok:
-                raise RankError(f"rank {rank} of {world} raised:\n{value}")
-            results[rank] = value
+            if ok:
+                results[rank] = value
+            else:
+                raised.append((moment, rank, value))
+        if raised:  # a rank that leaves breaks the others' collectives, which may raise before this process looks
+            _, rank, value = min(raised)
+            raise RankError(f"rank {rank} of {world} raised:\n{value}")
     return [results[rank] for rank in range(world)]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import tests.distributed
 from tests.distributed import RankError, run_ranks
 
 
@@ -28,8 +30,17 @@ def fails_on_rank_1() -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def test_a_rank_that_raises_is_reported_with_its_traceback() -> None:
-    with pytest.raises(RankError, match=r"(?s)Traceback.*ValueError: boom|Traceback.*Connection closed"):
+@pytest.mark.parametrize("late", [0, 0.5])
+def test_a_rank_that_raises_is_reported_with_its_traceback(monkeypatch: pytest.MonkeyPatch, late: float) -> None:
+    """Also where the rank whose collective it broke has raised too by the time that this process looks."""
+    wait = tests.distributed.wait
+
+    def wait_late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(late)
+        return wait(*args, **kwargs)
+
+    monkeypatch.setattr(tests.distributed, "wait", wait_late)
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 raised.*Traceback.*ValueError: boom"):
         run_ranks(2, fails_on_rank_1)
 
 
