@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ from megaflow.data.tokenizer import Tokenizer, load_tokenizer
 from megaflow.data.writer import CorpusWriter, locked, remove_corpus, remove_temporaries, temporary_path
 from megaflow.errors import UserError
 
-Progress = Callable[[int, int], None]
-"""Called with the number of input bytes done so far, and of all."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("read" or "shuffle"), and how many bytes or tokens of it are done, of how many."""
 FREE = ("tokenizer", "dedup", "seed", "language", "workers", "max_bad", "overwrite", "command")
 """Options that what is kept of a preparation does not depend on; the tokenizer is compared by its content."""
 
@@ -135,7 +136,7 @@ def _prepare(
             elif spool.mark.records:
                 _say(f"{prefix}: continues after the first {spool.mark.records:,} records, which an earlier run kept")
             _encode(files, options, spool, progress)
-            report = _write(prefix, spool, options, about, limits)
+            report = _write(prefix, spool, options, about, progress, limits)
     except BaseException:
         if spool.saved.documents:
             _say(
@@ -167,7 +168,7 @@ def _encode(
                 read_chunks(path, format, options.format.fields, skip), start=skip + 1
             ):
                 if progress is not None:
-                    progress(before + chunk.bytes_read, sum(sizes))
+                    progress("read", before + chunk.bytes_read, sum(sizes))
                 places.append((number, chunk_number))
                 yield chunk
 
@@ -189,7 +190,12 @@ def _check(mark: Mark, documents: int, heldout: int, max_bad: float) -> None:
 
 
 def _write(
-    prefix: Path, spool: Spool, options: PrepareOptions, tokenizer: TokenizerInfo, limits: Limits
+    prefix: Path,
+    spool: Spool,
+    options: PrepareOptions,
+    tokenizer: TokenizerInfo,
+    progress: Progress | None,
+    limits: Limits,
 ) -> PrepareReport:
     """Leave out duplicates, shuffle, pack and write both sides of the spooled documents."""
     if options.dedup and spool.mark.documents:
@@ -220,7 +226,8 @@ def _write(
         packs: Sequence[int | None] = [None, None]
         if options.seq_length is not None:
             places, packs = packed(spool, places, options.seq_length, writers)
-        write_in_order(spool, places, writers, limits)
+        show = None if progress is None else partial(progress, "shuffle")
+        write_in_order(spool, places, writers, show, limits)
         manifests = [
             writer.complete(_manifest(options, tokenizer, report, sums[int(held)], number, int(sums[1, 0])))
             for (held, writer), number in zip(writers, packs, strict=False)

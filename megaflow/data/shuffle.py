@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
@@ -130,10 +131,17 @@ def numbered(spool: Spool) -> Iterator[tuple[int, np.ndarray]]:
         start += len(rows)
 
 
-def write_in_order(spool: Spool, places: Places, writers: Sequence[tuple[bool, CorpusWriter]], limits: Limits) -> None:
+def write_in_order(
+    spool: Spool,
+    places: Places,
+    writers: Sequence[tuple[bool, CorpusWriter]],
+    progress: Callable[[int, int], None] | None,
+    limits: Limits,
+) -> None:
     """Append the spool's documents to the writers, by place; those held out to the one that is marked so.
 
-    Memory: a bucket and a few arrays of `GATHER_TOKENS`. Disk: the spool's size once more, until the end.
+    Memory: a bucket and a few arrays of `GATHER_TOKENS`. Disk: the spool's size once more, until the end. `progress` is
+    called with the tokens moved so far and all that are to be, each twice.
     """
     documents = count(spool)
     number = max(1, -(-spool.mark.tokens // limits.bucket_tokens), -(-documents // limits.bucket_documents))
@@ -149,15 +157,19 @@ def write_in_order(spool: Spool, places: Places, writers: Sequence[tuple[bool, C
         Buckets(folder / "bucket-tokens", spool.dtype, tokens) as ids,
         Buckets(folder / "bucket-mask", np.dtype(np.uint8), tokens) as mask,
     ):
-        _sort_into(spool, places, per_bucket, limits.batch_tokens, entries, ids, mask)
-        for bucket in range(number):
-            if sizes[bucket]:
-                _append(bucket, entries, ids, mask, writers)
+        moved, total = 0, 2 * int(tokens.sum())
+        sorting = _sort_into(spool, places, per_bucket, limits.batch_tokens, entries, ids, mask)
+        appending = (_append(bucket, entries, ids, mask, writers) for bucket in np.flatnonzero(sizes).tolist())
+        for count_moved in chain(sorting, appending):
+            moved += count_moved
+            if progress is not None:
+                progress(moved, total)
 
 
 def _sort_into(
     spool: Spool, places: Places, per_bucket: int, batch_tokens: int, entries: Buckets, ids: Buckets, mask: Buckets
-) -> None:
+) -> Iterator[int]:
+    """Sort all documents into buckets; gives the number of tokens of each batch."""
     start, number = 0, len(entries.filled)
     for batch in spool.batches(batch_tokens):
         lengths = batch.rows["length"]
@@ -172,12 +184,13 @@ def _sort_into(
         for data, to in ((batch.tokens, ids), (batch.mask, mask)):
             if data is not None:
                 to.append(np.concatenate([data[index] for _, index in _gather(lengths, order)]), counts)
+        yield int(lengths.sum(dtype=np.int64))
 
 
 def _append(
     bucket: int, entries: Buckets, ids: Buckets, mask: Buckets, writers: Sequence[tuple[bool, CorpusWriter]]
-) -> None:
-    """Append a bucket's documents in order."""
+) -> int:
+    """Append a bucket's documents in order; the number of their tokens."""
     (rows,) = entries.read(bucket, int(entries.filled[bucket]))
     (tokens,) = ids.read(bucket, int(ids.filled[bucket]))
     bits = next(mask.read(bucket, int(ids.filled[bucket])), None) if mask.filled[bucket] else None
@@ -185,6 +198,7 @@ def _append(
     for held, writer in writers:
         for part, index in _gather(rows["length"], order[rows["heldout"][order] == held]):
             writer.add_documents(tokens[index], rows["length"][part], None if bits is None else bits[index])
+    return len(tokens)
 
 
 def _gather(lengths: npt.NDArray[np.int32], order: Int64Array) -> Iterator[tuple[Int64Array, Int64Array]]:

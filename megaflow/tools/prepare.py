@@ -16,6 +16,8 @@ import typer
 from megaflow.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from megaflow.data.encode import PrepareOptions
     from megaflow.data.manifest import Manifest
     from megaflow.data.prepare import PrepareReport
@@ -120,9 +122,9 @@ def prepare(
     """Tokenise text files into a corpus to train on: OUT.bin, OUT.idx, the manifest OUT.json and sidecars."""
     from megaflow.data.encode import PrepareOptions
     from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
+    from megaflow.data.writer import check_name
 
-    if ":/" in str(out):
-        raise UserError(f"OUT {out}: corpora are written to local folders; give one, and copy the files to the URL")
+    check_name(out)
     template = template if template is not None else DEFAULT_TEMPLATE.get(kind.value, "")
     if turns_field is not None and kind is not KindChoice.instruction:
         raise UserError(f"--turns-field is for --kind instruction, not {kind.value}")
@@ -146,7 +148,7 @@ def prepare(
     }[kind]
     if len(set(fields)) != len(fields):
         raise UserError(f"--kind {kind.value}: the fields {', '.join(fields)} are not all different")
-    if kind is not KindChoice.text and any(".txt" in path.suffixes for path in inputs):
+    if kind is not KindChoice.text and any(path.name.lower().endswith((".txt", ".txt.zst")) for path in inputs):
         raise UserError(f"--kind {kind.value}: records have several fields, which .txt has not; give JSONL or Parquet")
     options = PrepareOptions(
         format=ExampleFormat(
@@ -181,21 +183,21 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
 def _prepare(out: Path, inputs: list[Path], options: PrepareOptions) -> PrepareReport:
     """Run with a progress bar where there is a terminal to draw it on."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from megaflow.data.prepare import prepare_corpus
 
     console = Console(stderr=True)
     if not console.is_terminal:
         return prepare_corpus(out, inputs, options)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(out.name, total=None)
+        tasks: dict[str, TaskID] = {}
 
-        def show(done: int, total: int) -> None:
-            if bar.tasks[0].total is None:  # what an earlier run kept says nothing about this one's speed
-                bar.reset(task, total=total, completed=done)
-            bar.update(task, completed=done)
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:  # what an earlier run kept says nothing about this one's speed
+                tasks[what] = bar.add_task(f"{out.name}: {what}", total=total, completed=done)
+            bar.update(tasks[what], completed=done)
 
         return prepare_corpus(out, inputs, options, show)
 

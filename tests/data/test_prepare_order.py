@@ -122,7 +122,7 @@ def test_documents_are_in_the_order_of_the_formula(
             places = shuffled(seed, total)
             if seq_length is not None:
                 places, packs = packed(kept, places, seq_length, writers)
-            write_in_order(kept, places, writers, limits)
+            write_in_order(kept, places, writers, None, limits)
             for side, corpus in writers:
                 expected = order[heldout[order] == side]
                 if seq_length is not None:
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
             del chunk, hashes
             tracemalloc.start()
             kept.left_out = duplicates(kept, limits.partition_documents)
-            write_in_order(kept, shuffled(0, shuffle.count(kept)), [(False, train)], limits)
+            write_in_order(kept, shuffled(0, shuffle.count(kept)), [(False, train)], None, limits)
             train._write_index()
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()

@@ -121,8 +121,11 @@ def test_any_number_of_kills_and_of_workers(
 
 
 def test_progress_goes_on_where_it_was(tmp_path: Path, some_bad: PrepareOptions, inputs: list[Path]) -> None:
+    shuffled: list[tuple[int, int]] = []
+
     def run(seen: list[tuple[int, int]]) -> None:
-        prepare_corpus(tmp_path / "c", inputs, some_bad, lambda *done: seen.append(done), SMALL)
+        steps = {"read": seen, "shuffle": shuffled}
+        prepare_corpus(tmp_path / "c", inputs, some_bad, lambda step, *done: steps[step].append(done), SMALL)
 
     whole: list[tuple[int, int]] = []
     rest: list[tuple[int, int]] = []
@@ -131,6 +134,9 @@ def test_progress_goes_on_where_it_was(tmp_path: Path, some_bad: PrepareOptions,
     shutil.copytree(tmp_path / ".tmp-c.work", tmp_path / "kept")
     run(rest)
     assert rest == sorted(rest)
+    assert len(shuffled) > 4
+    assert shuffled == sorted(shuffled)
+    assert shuffled[-1][0] == shuffled[-1][1] > 0
     remove(tmp_path / "c")
     run(whole)
     assert whole[-len(rest) :] == rest
