@@ -17,7 +17,7 @@ from megaflow.data.prefixes import is_url
 from megaflow.data.shards import AnyCorpus, open_corpus, open_heldout_corpus
 from megaflow.data.sources import heldout_prefix
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
-from megaflow.data.writer import CorpusWriter, locked, remove_corpus, remove_temporaries
+from megaflow.data.writer import CorpusWriter, check_name, locked, remove_corpus, remove_temporaries
 from megaflow.errors import UserError
 
 COPIED_TOKENS = 1 << 22
@@ -71,7 +71,7 @@ class _Written:
     def commit(self) -> None:
         for prefix in self.replaced:
             remove_corpus(prefix)
-        for writer in self.writers:
+        for writer in reversed(self.writers):  # the corpus last: a kill leaves none without its held-out documents
             writer.commit()
 
 
@@ -87,14 +87,17 @@ def merge_corpora(
     Raises:
         UserError: a corpus is missing, damaged or unlike the first one; or `out` is there or cannot be written.
     """
+    check_name(out)
     foreign = [is_foreign(Path(prefix)) for prefix in prefixes]
     # of other tools' corpora nothing is held out, but another merge may have made `<out>.heldout` of some
     sides = [out] if all(foreign) and not options.overwrite else [out, heldout_prefix(out)]
     for side in sides:
         if corpus_path(side, "json").exists() and not options.overwrite:
             raise UserError(f"{side}: a corpus is there already; choose another name or give --overwrite")
-    if any(not is_url(prefix) and Path(prefix).resolve() == out.resolve() for prefix in prefixes):
-        raise UserError(f"{out}: is one of the corpora to be merged; choose another name")
+    replaced = {side.resolve() for side in sides}
+    taken = next((prefix for prefix in prefixes if not is_url(prefix) and Path(prefix).resolve() in replaced), None)
+    if taken is not None:
+        raise UserError(f"{out}: would replace {taken}, which is one of the corpora to be merged; choose another name")
     if any(foreign) and not all(foreign):
         ours, theirs = prefixes[foreign.index(False)], prefixes[foreign.index(True)]
         raise UserError(f"{theirs}: has no manifest, unlike {ours}; merge the corpora without one by themselves first")

@@ -136,6 +136,18 @@ def _code(dtype: np.dtype) -> int:
     return next(code for code, known in DTYPE_CODES.items() if known == dtype)
 
 
+def check_name(prefix: Path) -> None:
+    """Refuse what cannot be a corpus's name.
+
+    Raises:
+        UserError: it is a URL, or no name at all.
+    """
+    if ":/" in str(prefix):
+        raise UserError(f"OUT {prefix}: corpora are written to local folders; give one, and copy the files to the URL")
+    if prefix.name in ("", ".."):
+        raise UserError(f"{prefix}: not a corpus's name; OUT is a folder and the start of a file name, as data/en")
+
+
 @contextmanager
 def locked(prefix: Path) -> Iterator[None]:
     """Keeps other processes from writing a corpus of this name.

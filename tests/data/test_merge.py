@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,42 @@ def test_shards_that_were_prepared_otherwise_are_refused(
         merge_corpora(shards[0], names(shards[1:]), MergeOptions())
     with pytest.raises(UserError, match=r"none\.json: no such corpus manifest"):
         merge_corpora(tmp_path / "all", names([*shards, tmp_path / "none"]), MergeOptions())
+    with pytest.raises(UserError, match=r"would replace .*00000\.heldout, which is one of the corpora to be merged"):
+        merge_corpora(shards[0], names([*shards[1:], Path(f"{shards[0]}.heldout")]), MergeOptions(overwrite=True))
     assert not list(tmp_path.glob("*all*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "why"), [(".", "not a corpus's name"), ("a/..", "not a corpus's name"), ("s3://b/zh", "to local folders")]
+)
+def test_names_that_no_corpus_can_have(out: str, why: str, shards: list[Path]) -> None:
+    with pytest.raises(UserError, match=why):
+        merge_corpora(Path(out), names(shards), MergeOptions())
+
+
+def test_a_merge_killed_at_any_rename_leaves_no_corpus_without_its_held_out_documents(
+    tmp_path: Path, shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renames, seen = 9, 0  # of the tokens, index, mask, packs and manifest of both sides, but for the last
+    rename = os.replace
+    for allowed in range(renames + 1):
+        done = []
+
+        def rename_some(source: Path, target: Path, allowed: int = allowed, done: list[Path] = done) -> None:
+            if len(done) == allowed:
+                raise KeyboardInterrupt
+            done.append(target)
+            rename(source, target)
+
+        monkeypatch.setattr("megaflow.data.writer.os.replace", rename_some)
+        with pytest.raises(KeyboardInterrupt):
+            merge_corpora(tmp_path / "all", names(shards), MergeOptions(overwrite=True))
+        seen += corpus_path(tmp_path / "all.heldout", "json").exists()
+        assert not corpus_path(tmp_path / "all", "json").exists()
+    assert 0 < seen <= renames
+    monkeypatch.setattr("megaflow.data.writer.os.replace", rename)
+    merge_corpora(tmp_path / "all", names(shards), MergeOptions(overwrite=True))
+    assert windows(tmp_path / "all") == [window for shard in shards for window in windows(shard)]
 
 
 def foreign_files(prefix: Path, lengths: list[int], offsets: list[int], bounds: list[int], code: int = 8) -> None:
