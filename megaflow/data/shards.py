@@ -145,6 +145,10 @@ def open_corpus(paths: Paths, verify: Verify = "lazy", cache_dir: str | Path | N
     prefixes = expand(paths)
     if not prefixes:
         raise UserError("an empty list of corpora; name one")
+    listed = set(prefixes)
+    held = next((held for prefix in prefixes if (held := f"{prefix}.heldout") in listed), None)
+    if held is not None:
+        raise UserError(f"{held}: was held out of another corpus of the list; leave it out, or it is trained on")
     shards = []
     for prefix, shard in zip(prefixes, _describe(prefixes, verify, cache_dir), strict=True):
         if shard is None:
@@ -156,13 +160,18 @@ def open_corpus(paths: Paths, verify: Verify = "lazy", cache_dir: str | Path | N
 def open_heldout_corpus(paths: Paths, verify: Verify = "lazy", cache_dir: str | Path | None = None) -> AnyCorpus | None:
     """The documents held out of a corpus, or of several in their order; None if no preparation held out any.
 
+    Of shards that held out the same documents, as when each met one text, the first counts.
+
     Raises:
         UserError: as `open_corpus`.
     """
     prefixes = [f"{prefix}.heldout" for prefix in expand(paths)]
     prefixes = [prefix for prefix in prefixes if is_url(prefix) or corpus_path(prefix, "json").exists()]
-    shards = [shard for shard in _describe(prefixes, verify, cache_dir) if shard is not None]
-    return _opened(shards, verify) if shards else None
+    shards: dict[str, Shard] = {}
+    for shard in _describe(prefixes, verify, cache_dir):
+        if shard is not None:
+            shards.setdefault(shard.manifest.fingerprint, shard)
+    return _opened(list(shards.values()), verify) if shards else None
 
 
 def _opened(shards: Sequence[Shard], verify: Verify) -> AnyCorpus:

@@ -20,7 +20,7 @@ from megaflow.data.corpus import Corpus
 from megaflow.data.manifest import Manifest
 from megaflow.data.merge import MergeOptions, merge_corpora
 from megaflow.data.packing import pack
-from megaflow.data.shards import ListedCorpus, open_corpus
+from megaflow.data.shards import ListedCorpus, open_corpus, open_heldout_corpus
 from megaflow.data.sources import PackedSource, SequentialSource, Source, TextSource, open_heldouts, open_sources
 from megaflow.data.writer import CorpusWriter
 from megaflow.errors import UserError
@@ -169,6 +169,19 @@ def test_patterns_and_held_out_corpora(tmp_path: Path) -> None:
     assert isinstance(held, SequentialSource)
     literal = write_shard(tmp_path / "odd[1]", [5], 9)
     assert open_corpus(literal).num_tokens == 5  # a name, though it looks like a pattern
+
+
+def test_a_text_held_out_by_several_shards_is_read_once(tmp_path: Path) -> None:
+    shards = [write_shard(tmp_path / f"zh-{seed}", [9, 4], seed) for seed in range(3)]
+    for shard, seed in zip(shards, (5, 6, 5), strict=True):
+        write_shard(Path(f"{shard}.heldout"), [12], seed)
+    held, same = open_heldout_corpus(shards), open_heldout_corpus(shards[::2])
+    assert held is not None
+    assert same is not None
+    assert held.prefixes == [f"{shard}.heldout" for shard in shards[:2]]
+    assert same.num_documents == 1
+    with pytest.raises(UserError, match=r"zh-1\.heldout: was held out of another corpus of the list"):
+        open_corpus([*shards, f"{shards[1]}.heldout"])
 
 
 def test_shards_that_differ_are_refused(tmp_path: Path) -> None:
