@@ -83,7 +83,7 @@ def _fields(record: Any, format: Format, field: str) -> dict[str, Any]:
         return record
     text = _decoded(record)
     if format != "jsonl":
-        return {field: text}
+        return {field: text.removesuffix("\r") if format == "lines" else text}
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

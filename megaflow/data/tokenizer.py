@@ -187,7 +187,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer file")
+        what = "is a folder; name the .model or tokenizer.json in it" if path.is_dir() else "no such tokenizer file"
+        raise UserError(f"{path}: {what}")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

@@ -17,6 +17,7 @@ from megaflow.data import readers
 from megaflow.data.encode import PrepareOptions
 from megaflow.data.prepare import prepare_corpus
 from megaflow.errors import UserError
+from megaflow.tools.cli import app
 from tests.data.preparing import documents, texts, write_jsonl
 
 
@@ -68,6 +69,21 @@ def test_a_txt_file_is_a_document(tmp_path: Path, sp_model: Path, options: Prepa
     (tmp_path / "b.txt").write_text("three")
     prepare_corpus(tmp_path / "c", [tmp_path / "a.txt", tmp_path / "b.txt"], replace(options, heldout=0.0))
     assert sorted(documents(tmp_path / "c", sp_model)) == ["one\n\ntwo\n", "three"]
+
+
+def test_lines_of_windows_are_those_of_others(tmp_path: Path, sp_model: Path, options: PrepareOptions) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo \rthree\r\n")
+    prepare_corpus(tmp_path / "c", [tmp_path / "a.txt"], replace(options, heldout=0.0, txt_per_line=True))
+    assert sorted(documents(tmp_path / "c", sp_model)) == ["one", "two \rthree"]
+
+
+def test_pairs_are_not_read_from_text_but_from_what_is_called_alike(tmp_path: Path, sp_model: Path) -> None:
+    pairs = write_jsonl(tmp_path / "a.txt.jsonl", [{"en": f"{i} one", "zh": f"{i} two"} for i in range(9)])
+    command = ["--tokenizer", str(sp_model), "--language", "en-zh", "--kind", "parallel", "--seq-length", "64"]
+    app(["prepare", str(tmp_path / "c"), str(pairs), "--workers", "1", *command], standalone_mode=False)
+    for name in ("a.txt", "a.TXT.zst"):
+        with pytest.raises(UserError, match=r"several fields, which \.txt has not"):
+            app(["prepare", str(tmp_path / "d"), str(tmp_path / name), *command], standalone_mode=False)
 
 
 BAD = [

@@ -103,6 +103,8 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: bytes | None,
         load_tokenizer(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^{tmp_path}: is a folder; name the .model or tokenizer.json in it"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", '"eos"', "null", "5"])
