@@ -174,7 +174,11 @@ def _entry_of_weights(text: str, last: LedgerEntry) -> LedgerEntry:
         raise UserError(f"--weights name {', '.join(given)}; the run's groups are {', '.join(groups)}: name each once")
     if sum(given.values()) != 1:
         raise UserError(f"--weights sum to {sum(given.values())}, not 1; scale them")
-    return replace(last, schedule=compile_knots(last.schedule.clock, [Knot(0, [given[name] for name in groups])]))
+    try:
+        schedule = compile_knots(last.schedule.clock, [Knot(0, [given[name] for name in groups])])
+    except ValueError as error:  # a ratio that is too small
+        raise UserError(f"--weights {text!r}: {error}") from None
+    return replace(last, schedule=schedule)
 
 
 def _entry_of_config(file: Path, ledger: list[LedgerEntry], at_step: int) -> LedgerEntry:

@@ -89,6 +89,7 @@ def test_an_entry_that_never_held_says_so(run: Path) -> None:
         (["--at-step", 21, "--weights", "en=0.5,en=0.5"], "--weights 'en=0.5': give every group once"),
         (["--at-step", 21, "--weights", "en=0.5,zh=nan"], "--weights 'zh=nan'"),
         (["--at-step", 21, "--weights", "en=-1,zh=2"], "--weights 'en=-1'"),
+        (["--at-step", 21, "--weights", "en=1,zh=1e-50"], "--weights 'en=1,zh=1e-50': .* is not a number from 1e-40"),
         (["--at-step", 21, "--weights", "half"], "--weights 'half'"),
         (["--at-step", 21, "--weights", "en=0.5,zh=0.6"], r"--weights sum to 1\.1, not 1"),
         (["--at-step", 21, "--weights", "en=1,zh=0"], r"sources\.novels: max_epochs 5 is reached at step 79 of 100"),
