@@ -1,7 +1,8 @@
 """Trains a model: `torchrun --nproc-per-node N megaflow/pretrain.py --config FILE [section.key=value ...]`.
 
 The whole job in order: read and check the config, join the process group, train, leave. Exit codes: 0 done or stopped
-by a signal after saving, 2 the config or a file is wrong (one line on the standard error), 130 interrupted twice.
+by a signal after saving, 1 another rank has left, 2 the config or a file is wrong (one line on the standard error), 130
+interrupted twice.
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ def main() -> int:
         for line in str(error).splitlines() if speaks else []:
             print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's words where another rank has left
+            raise
+        said = f"error: rank {rank}: another rank has left; its own line, or torchrun's summary, says why"
+        print(said, file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from megaflow import pretrain
+from tests.distributed import RankError, run_ranks
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = str(ROOT / "configs" / "demo" / "tokenizer.model")
@@ -70,6 +77,31 @@ def test_a_wrong_config_is_one_line_said_once_and_exit_code_2(rank: int, tmp_pat
         assert all(line.startswith("error: ") for line in lines)
     else:
         assert lines == []
+
+
+def left_alone(folder: Path) -> None:
+    """Rank 1 leaves while rank 0 waits for it in a collective; what rank 0's program then does and says."""
+
+    def join_and_train(*_: object) -> None:
+        if dist.get_rank() == 1:
+            os._exit(2)
+        dist.all_reduce(torch.ones(1))
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", ["pretrain.py", "--config", "any.yaml"])
+        patch.setattr(pretrain, "load_config", lambda *_: None)
+        patch.setattr(pretrain, "prepare", lambda _: (None, None))
+        patch.setattr(pretrain, "join_and_train", join_and_train)
+        code = pretrain.main()
+    (folder / "said").write_text(f"{code} {said.getvalue()}")
+
+
+def test_a_rank_that_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(2, left_alone, tmp_path)
+    said = (tmp_path / "said").read_text()
+    assert said == "1 error: rank 0: another rank has left; its own line, or torchrun's summary, says why\n"
 
 
 @pytest.mark.parametrize(
