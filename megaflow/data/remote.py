@@ -126,7 +126,8 @@ class RemoteFile(BlockFile):
         sound: bytearray,
     ) -> None:
         self.url = url
-        _make_sparse(path, size)
+        if _make_sparse(path, size):
+            sound[:] = bytes(len(sound))  # what was mapped before is gone
         super().__init__(path, hashes, block_bytes, "lazy", locate, sound)
 
     def fetch(self) -> None:
@@ -148,14 +149,16 @@ class RemoteFile(BlockFile):
             where = f"bytes {start} to {stop - 1} ({self._locate(start, stop)})"
             data = _retried(f"{self.url}: {where}", lambda: self._fetched(block))
             self._keep(start, data)
+            if not self._matches(block, self.bytes.data[start:stop]):  # it went into another file than is mapped
+                raise UserError(f"{self.path}: was removed while it was read; start again, and leave it there until then")
 
     def _is_hole(self, start: int, stop: int) -> bool:
         """Whether the file has nothing in a range yet; where the file system cannot tell, the checksum does."""
-        with self.path.open("rb") as file:
-            try:
+        try:
+            with self.path.open("rb") as file:
                 return os.lseek(file.fileno(), start, os.SEEK_DATA) >= stop
-            except OSError:
-                return False
+        except OSError:
+            return False
 
     def _fetched(self, block: int) -> bytes:
         start, stop = self._span(block)
@@ -179,18 +182,20 @@ class RemoteFile(BlockFile):
             raise _unusable(self.path, error) from None
 
 
-def _make_sparse(path: Path, size: int) -> None:
-    """A file of `size` bytes, which takes no room yet; one that is there keeps what it has."""
+def _make_sparse(path: Path, size: int) -> bool:
+    """A file of `size` bytes, which takes no room yet; one that is there keeps what it has. Whether it was not there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if os.fstat(file).st_size != size:
+            missing = os.fstat(file).st_size != size
+            if missing:
                 os.ftruncate(file, size)
         finally:
             os.close(file)
     except OSError as error:
         raise _unusable(path, error) from None
+    return missing
 
 
 def _unusable(path: Path, error: OSError) -> UserError:

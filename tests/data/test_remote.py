@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from megaflow.data import remote
+from megaflow.data import remote, shards
 from megaflow.data.manifest import Manifest
 from megaflow.data.remote import RemoteFile
 from megaflow.data.shards import open_corpus, open_heldout_corpus
@@ -209,6 +209,37 @@ def test_a_spoilt_cache_is_mended(tmp_path: Path, network: Network) -> None:
     for path in folder.iterdir():
         path.unlink()
     assert windows(URL, tmp_path / "cache") == expected
+
+
+def test_a_cache_that_is_emptied_under_a_run_gives_no_zeros(tmp_path: Path, network: Network) -> None:
+    prefixes = [write_shard(tmp_path / f"zh-{i}", [40, 40], i) for i in range(2)]
+    for i, prefix in enumerate(prefixes):
+        upload(prefix, f"memory://bucket/zh-{i}")
+    expected = open_corpus(prefixes).tokens(0, 160).tolist()
+
+    def read() -> tuple[list[bool], list[str]]:
+        """Threads fetch manifests, so that this is for a child process."""
+        shards.MAPPED_SHARDS = 1
+        corpus = open_corpus("memory://bucket/zh-*", "lazy", tmp_path / "cache")
+        same, said = [], []
+        for at in (0, 80, 0):  # of either shard, and of the first one mapped again
+            for path in (tmp_path / "cache").glob("*/*.bin"):
+                path.unlink()
+            same.append(corpus.tokens(at, at + 9).tolist() == expected[at : at + 9])
+        (path,) = (tmp_path / "cache").glob("zh-0-*/*.bin")
+        path.unlink()
+        for _ in range(2):
+            try:
+                corpus.tokens(40, 80)
+            except UserError as error:
+                said.append(str(error))
+            path.write_bytes(bytes(160))
+        return same, said
+
+    ((same, (gone, replaced)),) = run_ranks(1, read)
+    assert same == [True] * 3
+    assert "zh-0.bin: cannot be written (No such file or directory)" in gone
+    assert "zh-0.bin: was removed while it was read; start again" in replaced
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, network: Network) -> None:
