@@ -53,7 +53,7 @@ class SourceConfig(Section):
                     ]
                     if missing:
                         raise ValueError(f"no file {missing[0]}; write the corpus with `megaflow prepare {prefix} ...`")
-        except UserError as error:
+        except (UserError, OSError) as error:
             raise ValueError(str(error)) from None
         return path
 

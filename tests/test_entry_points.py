@@ -111,6 +111,7 @@ def test_a_rank_that_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
         (("config", "nowhere.yaml"), "nowhere.yaml"),
         (("generate", "nowhere", "--prompt", "x"), "nowhere"),
         (("export", "nowhere", "out"), "nowhere"),
+        (("data", "inspect", "a" * 300), "File name too long"),
         (
             ("prepare", "out", "nowhere.jsonl", "--tokenizer", TOKENIZER, "--language", "en"),
             "nowhere.jsonl",

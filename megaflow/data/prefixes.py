@@ -12,6 +12,8 @@ from megaflow.errors import UserError
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+FILE_SUFFIXES = (".bin", ".idx", ".json", ".mask", ".ds.index", ".ds")
+"""Of files that are parts of a corpus."""
 Paths = str | Path | Sequence[str]
 """A prefix, URL or pattern of them, or a list of those."""
 
@@ -46,12 +48,19 @@ def expand(paths: Paths) -> list[str]:
     """The prefixes meant, in order; those of a pattern are sorted by name, without held-out corpora.
 
     Raises:
-        UserError: a pattern that nothing matches.
+        UserError: a pattern that nothing matches, or a file of a corpus in place of its prefix.
     """
     found: list[str] = []
     for entry in [str(paths)] if isinstance(paths, str | Path) else paths:
-        found += _matching(entry) if is_pattern(entry) else [entry]
+        found += _matching(entry) if is_pattern(entry) else [_prefix(str(entry))]
     return found
+
+
+def _prefix(entry: str) -> str:
+    suffix = next((suffix for suffix in FILE_SUFFIXES if entry.endswith(suffix)), None)
+    if suffix and Path(entry).is_file() and not Path(f"{entry}.json").exists():
+        raise UserError(f"{entry}: is a file of a corpus; give its prefix, {entry.removesuffix(suffix)}")
+    return entry
 
 
 def _matching(pattern: str) -> list[str]:

@@ -150,7 +150,7 @@ class RemoteFile(BlockFile):
             data = _retried(f"{self.url}: {where}", lambda: self._fetched(block))
             self._keep(start, data)
             if not self._matches(block, self.bytes.data[start:stop]):  # it went into another file than is mapped
-                raise UserError(f"{self.path}: was removed while it was read; start again, and leave it there until then")
+                raise UserError(f"{self.path}: was removed while it was read; start again, and keep it there")
 
     def _is_hole(self, start: int, stop: int) -> bool:
         """Whether the file has nothing in a range yet; where the file system cannot tell, the checksum does."""
@@ -183,7 +183,11 @@ class RemoteFile(BlockFile):
 
 
 def _make_sparse(path: Path, size: int) -> bool:
-    """A file of `size` bytes, which takes no room yet; one that is there keeps what it has. Whether it was not there."""
+    """A file of `size` bytes, which takes no room yet; one that is there keeps what it has.
+
+    Returns:
+        Whether it was not there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

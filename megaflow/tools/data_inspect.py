@@ -52,7 +52,7 @@ def inspect(
 
     console = Console(highlight=False)
     given = (seq_length, first, epoch, seed, tokenizer)
-    if Path(what).is_dir() or what.endswith((".yaml", ".yml")):
+    if what.endswith((".yaml", ".yml")) or (Path(what).is_dir() and not Path(f"{what}.json").is_file()):
         extra = next((name for name, value in zip(CORPUS_ONLY, given, strict=True) if value is not None), None)
         if extra:
             raise UserError(f"{extra}: is for a corpus; of {what}, which is a config or run, give --step")
@@ -83,6 +83,8 @@ def _of_corpus(
     length = seq_length or open_corpus(prefix).manifest.seq_length or 256
     source = open_source(Path(prefix).name, prefix, length, seed)
     manifest = source.corpus.manifest
+    if tokenizer_path is None and not Path(manifest.tokenizer.path).is_file():
+        raise UserError(f"{manifest.tokenizer.path}: no such tokenizer file; say as --tokenizer where it is now")
     tokenizer = load_tokenizer(tokenizer_path or manifest.tokenizer.path)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
         raise UserError(

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaflow.errors import UserError
-
 if TYPE_CHECKING:
     from megaflow.data.merge import MergeOptions, MergeReport
-
-SUFFIXES = (".bin", ".idx", ".json", ".mask", ".ds", ".index")
-"""Of files that are parts of a corpus."""
 
 
 def merge(
@@ -72,9 +67,6 @@ def _expand(pattern: str) -> list[str]:
     """The prefixes that an argument names, held-out documents apart."""
     from megaflow.data.prefixes import expand, is_pattern, is_url
 
-    if pattern.endswith(SUFFIXES) and Path(pattern).is_file():
-        prefix = pattern.removesuffix(next(suffix for suffix in SUFFIXES if pattern.endswith(suffix)))
-        raise UserError(f"{pattern}: is a file of a corpus; give its prefix, {prefix}")
     if not is_url(pattern) and is_pattern(pattern):
         foreign = {path.rpartition(".")[0] for suffix in ("idx", "ds") for path in glob(f"{pattern}.{suffix}")}
         if foreign and not glob(f"{pattern}.json"):

@@ -227,6 +227,8 @@ def test_what_the_config_says_of_paths(tmp_path: Path) -> None:
         assert SourceConfig(path=path).path == path  # type: ignore[arg-type]
     for path, message in [
         ([a, f"{tmp_path}/c"], r"no file .*/c.bin; write the corpus with `megaflow prepare .*/c \.\.\.`"),
+        (f"{a}.bin", r"a\.bin: is a file of a corpus; give its prefix, \S*/a "),
+        ("a" * 300, "File name too long"),
         (f"{tmp_path}/c*", r"no file matches .*/c\*\.json"),
         ([a, 5], "5 should be a valid string"),
         (None, "None should be a valid string"),

@@ -170,11 +170,14 @@ def test_mistakes_are_named(config: Path, tmp_path: Path, hf_json: Path) -> None
         ((one, "--first", 999), "--first 999: .*one has [0-9]+ windows of 256"),
         ((one, "--tokenizer", hf_json), "not the tokenizer that .*one was prepared with"),
         ((tmp_path / "none",), "none.json: no such corpus manifest"),
+        ((f"{one}.idx",), "is a file of a corpus; give its prefix, .*one$"),
     ):
         with pytest.raises(UserError, match=why):
             call(*arguments)
+    one.mkdir()  # of the inputs, perhaps
+    assert "window 0 of epoch 0" in call(one)
     manifest = json.loads(Path(f"{one}.json").read_text())
     manifest["tokenizer"]["path"] = "/moved/away.model"
     Path(f"{one}.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"/moved/away[.]model: no such tokenizer"):
+    with pytest.raises(UserError, match=r"/moved/away[.]model: no such tokenizer file; say as --tokenizer"):
         call(one)
