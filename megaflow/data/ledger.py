@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -240,11 +239,6 @@ def build_sampler(
 
 def _uncounted(source: int, epoch: int, window: int) -> int:
     raise ValueError("a plan by tokens with loss needs the run's sources")
-
-
-def entry_at(ledger: Sequence[LedgerEntry], step: int) -> LedgerEntry:
-    """The entry that holds for a step: the last that begins no later."""
-    return ledger[bisect_right(ledger, step, key=lambda entry: entry.first_step) - 1]
 
 
 def entries_from(ledger: Sequence[LedgerEntry], step: int) -> list[LedgerEntry]:

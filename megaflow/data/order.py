@@ -239,17 +239,3 @@ def window_offset(seed: int, name: str, epoch: int, tokens: int) -> int:
 def rotation(seed: int, step: int, hands: int) -> int:
     """The hand that card 0 of a step goes to."""
     return hash_ints(seed, step, 2) % hands
-
-
-def deal(seed: int, step: int, batch: int, dp: int, micro_batches: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Deal a step's cards to `dp * micro_batches` hands in turn, from a hand that rotates from step to step.
-
-    Consecutive cards of one source land on consecutive hands, so every rank and every micro-batch sees the step's
-    ratios to within one sequence. Steps count from 1.
-
-    Returns:
-        (micro_batch `[batch]`, rank `[batch]`): where each card goes.
-    """
-    hands = dp * micro_batches
-    hand = (np.arange(batch, dtype=np.int64) + rotation(seed, step, hands)) % hands
-    return hand // dp, hand % dp

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 from typing import Any
 
+from megaflow.data.ledger import LedgerEntry
+
 ONE = 1 << 32
 U64 = (1 << 64) - 1
 
@@ -90,6 +92,11 @@ def weights_at(knots: list[tuple[int, list[int]]], x: int) -> list[int]:
             w[max(range(len(w)), key=lambda k: (a[k] + b[k], -k))] += ONE - sum(w)
             return w
     return list(knots[-1][1])
+
+
+def entry_at(ledger: list[LedgerEntry], step: int) -> LedgerEntry:
+    """The entry that holds for a step: the last that begins no later."""
+    return [entry for entry in ledger if entry.first_step <= step][-1]
 
 
 class OracleSampler:

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.ledger import LedgerEntry, build_sampler, entries_from, entry_at, read_ledger, write_ledger
+from megaflow.data.ledger import LedgerEntry, build_sampler, entries_from, read_ledger, write_ledger
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
 from megaflow.data.plan import StepPlan
 from megaflow.data.schedule import CLOCKS, ONE, Knot, chatflow, compile_knots, weights_from_decimals
 from megaflow.errors import UserError
+from tests.data.sampler_oracle import entry_at
 
 
 def entry() -> LedgerEntry:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from hypothesis import strategies as st
 from megaflow.data import native
 from megaflow.data.counts import quota
 from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.order import deal
-from megaflow.data.plan import count_micro_batches
+from megaflow.data.plan import Deck, count_micro_batches
 from megaflow.data.schedule import CLOCKS, ONE, CompiledSchedule, Knot, compile_knots, weights_from_decimals
 from megaflow.errors import UserError
 from tests.data.sampler_oracle import OracleSampler, share, weights_at
 
-GOLDEN = json.loads((Path(__file__).parent / "sampler_golden.json").read_text(encoding="utf-8"))["run"]
+ALL_GOLDEN = json.loads((Path(__file__).parent / "sampler_golden.json").read_text(encoding="utf-8"))
+GOLDEN = ALL_GOLDEN["run"]
 both = pytest.mark.parametrize("use_native", [False, True], ids=["numpy", "native"])
 
 
@@ -281,13 +282,33 @@ def test_an_impossible_sampler_is_refused(changes, error, message):
         golden_sampler(**changes)
 
 
-def test_hands_are_the_dealing():
-    plan = golden_sampler().plan()
-    for dp, micro_batches in ((4, 3), (1, 48), (48, 1), (2, 4)):
-        micro_batch, rank = deal(GOLDEN["seed"], 1, 48, dp, micro_batches)
-        for r in range(dp):
-            for m, hand in enumerate(plan.hand(dp, micro_batches, r)):
-                assert hand.tolist() == np.flatnonzero((micro_batch == m) & (rank == r)).tolist()
+def hands(seed: int, step: int, batch: int, dp: int, micro_batches: int) -> np.ndarray:
+    """[batch, 2] micro-batch and rank of each card of a step's plan."""
+    deck = Deck(*np.zeros((5, batch), np.int64))
+    plan = replace(golden_sampler().plan(), seed=seed, step=step, deck=deck)
+    found = np.full((batch, 2), -1)
+    for rank in range(dp):
+        for m, hand in enumerate(plan.hand(dp, micro_batches, rank)):
+            assert (found[hand] == -1).all()
+            found[hand] = m, rank
+    return found
+
+
+def test_hands_match_the_golden_vectors():
+    case = dict(ALL_GOLDEN["deal"])
+    expected = case.pop("micro_batch_and_rank_of_card")
+    found = hands(case["seed"], case["step"], case["B"], case["dp"], case["micro_batches"])
+    assert found.tolist() == expected
+
+
+def test_hands_differ_in_size_by_at_most_one_and_rotate():
+    starts = set()
+    for step in range(1, 200):
+        found = hands(7, step, 30, 4, 3)
+        sizes = np.bincount(found[:, 0] * 4 + found[:, 1], minlength=12)
+        assert sizes.max() - sizes.min() <= 1
+        starts.add(tuple(found[0].tolist()))
+    assert len(starts) == 12
 
 
 def test_batch_sizes_that_cannot_be_dealt_name_the_nearest_that_can():

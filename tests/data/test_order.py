@@ -37,13 +37,6 @@ def test_window_offsets_match_the_golden_vectors():
         assert got == case["offset"]
 
 
-def test_dealing_matches_the_golden_vectors():
-    case = dict(GOLDEN["deal"])
-    expected = case.pop("micro_batch_and_rank_of_card")
-    micro_batch, rank = order.deal(case["seed"], case["step"], case["B"], case["dp"], case["micro_batches"])
-    assert np.stack([micro_batch, rank], axis=1).tolist() == expected
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(key=U64, n=st.one_of(st.integers(1, 70000), st.integers(1, 2**62)), data=st.data())
 def test_python_numpy_and_native_permutations_are_identical(key, n, data):
@@ -140,16 +133,6 @@ def test_small_sources_are_shuffled_differently_in_every_epoch(n):
     for x in (0, n - 1):
         values = order.perm_runs(keys, [n] * 4000, [1] * 4000, np.full(4000, x))
         assert abs(chi_square(values, n)) < 6
-
-
-def test_hands_differ_in_size_by_at_most_one_and_rotate():
-    starts = set()
-    for step in range(1, 200):
-        micro_batch, rank = order.deal(7, step, 30, 4, 3)
-        sizes = np.bincount(micro_batch * 4 + rank, minlength=12)
-        assert sizes.max() - sizes.min() <= 1
-        starts.add((int(micro_batch[0]), int(rank[0])))
-    assert len(starts) == 12
 
 
 def test_native_library_is_used_where_it_is_built(monkeypatch):

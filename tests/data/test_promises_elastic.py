@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from megaflow.data import order
 from megaflow.data.deficit import LossTokens
 from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.ledger import LedgerEntry, build_sampler, entry_at
+from megaflow.data.ledger import LedgerEntry, build_sampler
 from megaflow.data.mix import Sampler
 from megaflow.data.plan import StepPlan, count_micro_batches
 from megaflow.data.schedule import CLOCKS, ONE, Knot, compile_knots, weights_from_decimals
 from megaflow.errors import UserError
+from tests.data.sampler_oracle import entry_at
 
 LAYOUTS = [1, 2, 3, 4, 6, 8]
 S = 16
