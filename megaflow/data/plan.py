@@ -58,8 +58,8 @@ class StepPlan:
     def hand(self, dp: int, micro_batches: int, dp_rank: int) -> list[Ints]:
         """The cards of one data-parallel rank, by micro-batch: ascending card indices.
 
-        Cards go to the `dp * micro_batches` hands in turn, from one that rotates from step to step: consecutive cards of
-        a source land on consecutive hands, so each has the step's ratios to within one sequence. The deck does not
+        Cards go to the `dp * micro_batches` hands in turn, from one that rotates from step to step: consecutive cards
+        of a source land on consecutive hands, so each has the step's ratios to within one sequence. The deck does not
         depend on `dp` or `micro_batches`; this dealing is the only place where they appear.
         """
         hands = dp * micro_batches

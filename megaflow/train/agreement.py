@@ -97,7 +97,7 @@ def check_history(ledger: list[LedgerEntry], state: dict[str, Any], metrics: Pat
     step, logged = state["step"], _logged_digests(metrics, state["step"])
     if ledger[0].loss_tokens is not None:
         _check_sums(ledger, state)
-        _check_digest(step, int(state["digest"], 16), logged.get(step), "logged")
+        _check_digest(step, int(state["digest"], 16), logged.get(step), "logged", "the checkpoint holds")
         return
     sampler = build_sampler(ledger)
     if (expected := sampler.replay(step)) != {key: value for key, value in state.items() if key != "digest"}:
@@ -137,11 +137,13 @@ def _check_sums(ledger: Sequence[LedgerEntry], state: dict[str, Any]) -> None:
         )
 
 
-def _check_digest(step: int, digest: int, known: str | None, where: str) -> None:
+def _check_digest(
+    step: int, digest: int, known: str | None, where: str, otherwise: str = "ledger.json leads to"
+) -> None:
     if known not in (None, f"{digest:016x}"):
         raise UserError(
-            f"step {step}: the digest {where} is {known}, but ledger.json leads to {digest:016x}; restore the run's "
-            "own ledger.json, metrics.jsonl and checkpoint, or resume from another checkpoint"
+            f"step {step}: the digest {where} is {known}, but {otherwise} {digest:016x}; restore the run's own "
+            "ledger.json, metrics.jsonl and checkpoint, or resume from another checkpoint"
         )
 
 
