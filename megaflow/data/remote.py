@@ -9,6 +9,7 @@ processes and runs share them without asking each other, and `verify: off` is th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -153,12 +154,15 @@ class RemoteFile(BlockFile):
                 raise UserError(f"{self.path}: was removed while it was read; start again, and keep it there")
 
     def _is_hole(self, start: int, stop: int) -> bool:
-        """Whether the file has nothing in a range yet; where the file system cannot tell, the checksum does."""
+        """Whether the file has nothing in a range yet; where the file system cannot tell, the checksum does.
+
+        What is one is not read: of a full tmpfs that would kill the reader (SIGBUS).
+        """
         try:
             with self.path.open("rb") as file:
                 return os.lseek(file.fileno(), start, os.SEEK_DATA) >= stop
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno == errno.ENXIO  # nothing from there on
 
     def _fetched(self, block: int) -> bytes:
         start, stop = self._span(block)

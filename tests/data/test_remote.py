@@ -258,6 +258,20 @@ def test_a_full_disk_is_one_line(tmp_path: Path, network: Network) -> None:
     assert corpus.tokens(0, 40).tolist() == open_corpus(str(tmp_path / "zh")).tokens(0, 40).tolist()
 
 
+def test_what_is_not_there_yet_is_not_read(tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(write_shard(tmp_path / "zh", [40], 0))
+    corpus = open_corpus(URL, "lazy", tmp_path / "cache")
+    compared, matches = [], RemoteFile._matches
+
+    def seen(file: RemoteFile, block: int, data: bytes | memoryview) -> bool:
+        compared.append(type(data))
+        return matches(file, block, data)
+
+    monkeypatch.setattr(RemoteFile, "_matches", seen)
+    corpus.tokens(0, 9)
+    assert compared == [bytes, memoryview]  # what came, then what was kept
+
+
 def test_a_kill_in_the_middle_of_a_block(tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_shard(tmp_path / "zh", [9, 4, 11, 8, 12, 20], 0)
     upload(prefix)
