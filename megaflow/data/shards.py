@@ -221,6 +221,11 @@ def _check_agree(one: Shard, other: Shard) -> None:
                 f"{other.prefix}: its tokenizer ({theirs.tokenizer.path}) has another {name} than that of {one.prefix} "
                 f"({ours.tokenizer.path}); the shards of a source must be prepared alike"
             )
+    if ours.heldout != theirs.heldout:
+        raise UserError(
+            f"{other.prefix}: --heldout was {theirs.heldout:g} where that of {one.prefix} was {ours.heldout:g}, so "
+            "texts that one holds out may be trained on in the other; prepare them with the same share"
+        )
 
 
 def _combined(shards: Sequence[Shard]) -> Manifest:

@@ -192,6 +192,7 @@ def test_shards_that_differ_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "kind", [9, 4], 1, seq_length=LENGTH)
     write_shard(tmp_path / "long", [9, 4], 2, seq_length=2 * LENGTH)
     write_shard(tmp_path / "loss", [9, 4], 1, loss="response")
+    write_shard(tmp_path / "share", [9, 4], 1, heldout=0.25)
     write_shard(tmp_path / "copy", [9, 4], 0)
     write_shard(tmp_path / "cut", [9, 4], 3)
     (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-2])
@@ -201,6 +202,7 @@ def test_shards_that_differ_are_refused(tmp_path: Path) -> None:
         ("a kind", r"kind: its kind is parallel where that of .*a is text"),
         ("kind long", r"long: its seq_length is 24 where that of .*kind is 12"),
         ("a loss", r"loss: its loss is response where"),
+        ("a share", r"share: --heldout was 0\.25 where that of .*a was 0, so texts that one holds out"),
         ("a copy", r"copy: holds the same data as .*a; list a shard once"),
         ("a a", r"a: holds the same data as .*a; list a shard once"),
         ("a gone", r"gone.json: no such corpus manifest"),
