@@ -19,7 +19,7 @@ Clock = Literal["steps", "sequences", "tokens", "documents"]
 class SourceConfig(Section):
     """One tokenised corpus, or several read as one."""
 
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: str | list[str]
     """Prefix of the corpus written by `megaflow prepare`: <path>.bin, <path>.idx, <path>.json. A list of them, or a
     pattern such as corpora/zh-*, is read as one corpus; a prefix may be a URL, such as s3://bucket/corpora/zh."""
     weight: Weight = Decimal(1)
@@ -34,6 +34,8 @@ class SourceConfig(Section):
         odd = [entry for entry in entries if not isinstance(entry, str)]
         if odd:
             raise ValueError(f"{odd[0]!r} should be a valid string, or path a list of strings")
+        if not entries:
+            raise ValueError("an empty list; name a corpus")
         return path
 
     @field_validator("path")

@@ -28,7 +28,7 @@ from megaflow.data.shuffle import Limits, packed, shuffled, write_in_order
 from megaflow.data.sources import heldout_prefix
 from megaflow.data.spool import Mark, Spool
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
-from megaflow.data.writer import CorpusWriter, locked, remove_corpus, remove_temporaries, temporary_path
+from megaflow.data.writer import CorpusWriter, check_name, locked, remove_corpus, remove_temporaries, temporary_path
 from megaflow.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -94,8 +94,7 @@ def prepare_corpus(
 
 def _check_place(prefix: Path, options: PrepareOptions) -> None:
     """Refuse a name that cannot be a corpus's, and one that is taken."""
-    if prefix.name in ("", ".."):
-        raise UserError(f"{prefix}: not a corpus's name; OUT is a folder and the start of a file name, as data/en")
+    check_name(prefix)
     suffixes = ["bin", "idx", "mask", "json"]
     if options.seq_length is not None:
         suffixes.append(pack_suffix(options.seq_length))
@@ -177,7 +176,7 @@ def _encode(
     spool.complete(len(files))
 
 
-def _check(mark: Mark, documents: int, heldout: int, max_bad: float) -> None:
+def _check(prefix: Path, mark: Mark, documents: int, heldout: int, max_bad: float) -> None:
     """Refuse too many bad records, and nothing to train on."""
     if mark.num_bad > max_bad * mark.records:
         raise UserError(
@@ -186,7 +185,10 @@ def _check(mark: Mark, documents: int, heldout: int, max_bad: float) -> None:
         )
     if documents == heldout:
         left_out = f", {mark.num_too_long} are longer than --seq-length" if mark.num_too_long else ""
-        raise UserError(f"no documents to train on: of {mark.records} records {heldout} are held out{left_out}")
+        raise UserError(
+            f"{prefix}: no documents to train on: of {mark.records} records {heldout} are held out{left_out}; give "
+            "inputs with more text, or other --heldout or --seq-length"
+        )
 
 
 def _write(
@@ -206,7 +208,7 @@ def _write(
             chosen = rows[rows["heldout"] == side]
             sums[side] += [len(chosen), chosen["bytes"].sum(), chosen["loss_bytes"].sum()]
     documents, mark = int(sums[:, 0].sum()), spool.mark
-    _check(mark, documents, int(sums[1, 0]), options.max_bad)
+    _check(prefix, mark, documents, int(sums[1, 0]), options.max_bad)
     report = PrepareReport(
         records=mark.records,
         num_compared=mark.num_compared,

@@ -234,7 +234,7 @@ def test_what_the_config_says_of_paths(tmp_path: Path) -> None:
         (f"{tmp_path}/c*", r"no file matches .*/c\*\.json"),
         ([a, 5], "5 should be a valid string"),
         (None, "None should be a valid string"),
-        ([], "at least 1"),
+        ([], "an empty list; name a corpus"),
         ("nothing://bucket/a", r"nothing://bucket/a: cannot be opened \(Protocol not known: nothing\)"),
     ]:
         with pytest.raises(ValueError, match=message):
