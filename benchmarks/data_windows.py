@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from megaflow.data import order
-from megaflow.data.corpus import Corpus
-from megaflow.data.groups import GroupSpec, SourceSpec
+from megaflow.data.corpus.corpus import Corpus
+from megaflow.data.corpus.manifest import Manifest, TokenizerInfo
+from megaflow.data.corpus.writer import CorpusWriter
 from megaflow.data.loader import Loader
-from megaflow.data.manifest import Manifest, TokenizerInfo
-from megaflow.data.mix import Sampler
-from megaflow.data.schedule import ONE, Knot, compile_knots
+from megaflow.data.sampler import order
+from megaflow.data.sampler.groups import GroupSpec, SourceSpec
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
 from megaflow.data.sources import Source, open_sources
-from megaflow.data.writer import CorpusWriter
 
 BLEND = (0.7, 0.3)
 VOCABULARY, EOS = 32000, 2

@@ -30,10 +30,11 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from megaflow.data import native, order
-from megaflow.data.mix import Sampler
-from megaflow.data.plan import StepPlan
-from megaflow.data.schedule import CompiledSchedule, Knot, chatflow, compile_knots
+from megaflow.data import native
+from megaflow.data.sampler import order
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.plan import StepPlan
+from megaflow.data.sampler.schedule import CompiledSchedule, Knot, chatflow, compile_knots
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
 from benchmarks.sampler_report import draw, markdown

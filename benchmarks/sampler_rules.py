@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.schedule import ONE, CompiledSchedule
+from megaflow.data.sampler.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.sampler.schedule import ONE, CompiledSchedule
 
 Dealt = npt.NDArray[np.int8]
 Floats = npt.NDArray[np.float64]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.mix import Sampler
-from megaflow.data.plan import StepPlan
-from megaflow.data.schedule import ONE, chatflow, weights_from_decimals
+from megaflow.data.sampler.groups import GroupSpec, SourceSpec
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.plan import StepPlan
+from megaflow.data.sampler.schedule import ONE, chatflow, weights_from_decimals
 
 INITIAL, FINAL = (".45", ".45", ".10", "0"), (".10", ".05", ".60", ".25")
 """Weights of the groups at the start of the ramp and at its end."""

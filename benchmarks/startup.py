@@ -39,8 +39,8 @@ def memory_mb(name: str) -> float:
 
 def sparse_corpus(prefix: Path, windows: int) -> None:
     """A corpus whose every document is one window, with holes where its data would be."""
-    from megaflow.data.corpus_files import HEADER, MAGIC
-    from megaflow.data.manifest import Manifest, TokenizerInfo
+    from megaflow.data.corpus.files import HEADER, MAGIC
+    from megaflow.data.corpus.manifest import Manifest, TokenizerInfo
 
     tokens = windows * SEQ_LENGTH
     with prefix.with_suffix(".bin").open("wb") as file:
@@ -66,9 +66,9 @@ def sparse_corpus(prefix: Path, windows: int) -> None:
 
 def megaflow_parts(windows: int, folder: Path) -> list[Part]:
     """Four groups, of which the first has all the windows but a few."""
-    from megaflow.data.groups import GroupSpec, SourceSpec
-    from megaflow.data.mix import Sampler
-    from megaflow.data.schedule import ONE, Knot, compile_knots
+    from megaflow.data.sampler.groups import GroupSpec, SourceSpec
+    from megaflow.data.sampler.mix import Sampler
+    from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
     from megaflow.data.sources import open_source
 
     sparse_corpus(folder / "corpus", windows)

@@ -1,4 +1,4 @@
-// How many sequences each group and source gives to a step (twins in megaflow/data/counts.py and schedule.py).
+// How many sequences each group and source gives to a step (twins in megaflow/data/sampler/counts.py and schedule.py).
 
 #include "host.h"
 

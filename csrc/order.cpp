@@ -1,4 +1,4 @@
-// Which windows a step takes: permutations of window ids and the cards of a step (twins in megaflow/data/order.py).
+// Which windows a step takes: permutations of window ids and the cards of a step (twins in megaflow/data/sampler/order.py).
 
 #include "host.h"
 

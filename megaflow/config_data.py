@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megaflow.config_section import Epochs, Positive, Section, Weight
-from megaflow.data.prefixes import expand, filesystem, is_url
+from megaflow.data.corpus.prefixes import expand, filesystem, is_url
 from megaflow.errors import UserError
 
 Clock = Literal["steps", "sequences", "tokens", "documents"]

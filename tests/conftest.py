@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import tqdm
 
 torch.set_num_threads(1)
+tqdm.tqdm.monitor_interval = 0  # of the bars that transformers draws: their monitor is a thread
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -168,7 +168,7 @@ def test_layout_is_checked_against_the_processes(
     [("chatflow-7b", 6_738_415_616, 8), ("chatflow-13b", 13_015_864_320, 16), ("chatflow-70b", 68_976_648_192, 64)],
 )
 def test_real_configs_are_valid(tmp_path: Path, name: str, parameters: int, world: int) -> None:
-    from megaflow.data.configured import compile_schedule
+    from megaflow.data.sampler.configured import compile_schedule
     from megaflow.model.flops import num_parameters
 
     tree = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megaflow.data.mix import Sampler
 from megaflow.data.packing import cumulative_lengths
-from megaflow.data.plan import Ints, StepPlan, count_micro_batches
 from megaflow.data.prefetch import Prefetcher
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.plan import Ints, StepPlan, count_micro_batches
 from megaflow.data.sources import Source
 
 Card = tuple[int, int, int]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megaflow.data.blocks import Verify
-from megaflow.data.corpus_files import Int32Array, Int64Array
-from megaflow.data.order import window_offset
-from megaflow.data.prefixes import Paths
-from megaflow.data.shards import AnyCorpus, open_corpus, open_heldout_corpus
+from megaflow.data.corpus.blocks import Verify
+from megaflow.data.corpus.files import Int32Array, Int64Array
+from megaflow.data.corpus.prefixes import Paths
+from megaflow.data.corpus.shards import AnyCorpus, open_corpus, open_heldout_corpus
+from megaflow.data.sampler.order import window_offset
 from megaflow.errors import UserError
 
 

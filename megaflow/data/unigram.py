@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from megaflow.data.corpus.prefixes import Paths
+from megaflow.data.corpus.shards import open_corpus
 from megaflow.data.loader import heldout_batches
-from megaflow.data.prefixes import Paths
-from megaflow.data.shards import open_corpus
 from megaflow.data.sources import open_heldout
 
 CHUNK = 2**24  # tokens counted at a time

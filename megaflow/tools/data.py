@@ -13,7 +13,7 @@ import typer
 from megaflow.errors import UserError
 
 if TYPE_CHECKING:
-    from megaflow.data.ledger import LedgerEntry
+    from megaflow.data.sampler.ledger import LedgerEntry
 
 data = typer.Typer(no_args_is_help=True, help="Show or change what a run is trained on.", rich_markup_mode=None)
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -35,7 +35,7 @@ def change(
     --config runs on the run's clock, which counts from the first step.
     """
     from megaflow.config_load import read_yaml
-    from megaflow.data.ledger import append_entry, build_sampler, locked, read_ledger
+    from megaflow.data.sampler.ledger import append_entry, build_sampler, locked, read_ledger
 
     ledger, began = read_ledger(run / "ledger.json"), read_yaml(run / "config.yaml")
     _check_not_trained(run, at_step)
@@ -73,8 +73,8 @@ def change(
 def history(run: RunFolder) -> None:
     """Print what RUN is trained on: every entry of its ledger."""
     from megaflow.config_load import read_yaml
-    from megaflow.data import ledger_text
-    from megaflow.data.ledger import read_ledger
+    from megaflow.data.sampler import ledger_text
+    from megaflow.data.sampler.ledger import read_ledger
 
     ledger, config = read_ledger(run / "ledger.json"), read_yaml(run / "config.yaml")
     try:
@@ -91,8 +91,8 @@ def diff(
     other: Annotated[Path, typer.Argument(metavar="B", help="Folder of a run, or a ledger file.")],
 ) -> None:
     """Say what the mixes of two runs differ in, one line each. Exit code 1 where they differ."""
-    from megaflow.data import ledger_text
-    from megaflow.data.ledger import read_ledger
+    from megaflow.data.sampler import ledger_text
+    from megaflow.data.sampler.ledger import read_ledger
 
     ledgers = [read_ledger(path / "ledger.json" if path.is_dir() else path) for path in (one, other)]
     lines = list(ledger_text.differences(*ledgers))
@@ -157,7 +157,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 def _entry_of_weights(text: str, last: LedgerEntry) -> LedgerEntry:
     """The last entry with constant weights, given as `name=number,...`."""
-    from megaflow.data.schedule import Knot, compile_knots
+    from megaflow.data.sampler.schedule import Knot, compile_knots
 
     given: dict[str, Decimal] = {}
     for part in text.split(","):
@@ -184,7 +184,7 @@ def _entry_of_weights(text: str, last: LedgerEntry) -> LedgerEntry:
 def _entry_of_config(file: Path, ledger: list[LedgerEntry], at_step: int) -> LedgerEntry:
     """The entry that a config file describes from a step on; the last one where it describes the same mix."""
     from megaflow.config_load import load_config
-    from megaflow.data.configured import configured_entry, with_unimax
+    from megaflow.data.sampler.configured import configured_entry, with_unimax
     from megaflow.data.sources import open_sources
 
     config = load_config(file)
@@ -212,7 +212,7 @@ def _replace_mix(path: Path, began: dict[str, Any], file: Path) -> None:
 def _check_caps(file: Path, ledger: list[LedgerEntry]) -> None:
     """Refuse a mix that would read a source more often, over the run, than the config in a file allows."""
     from megaflow.config_load import read_yaml
-    from megaflow.data.forecast import forecast
+    from megaflow.data.sampler.forecast import forecast
 
     tree = read_yaml(file)
     try:
@@ -231,7 +231,7 @@ def _check_caps(file: Path, ledger: list[LedgerEntry]) -> None:
 
 def _check_batch(run: Path, began: dict[str, Any], entry: LedgerEntry) -> None:
     """Refuse a batch that the layout of the run's last launch cannot share out."""
-    from megaflow.data.plan import count_micro_batches
+    from megaflow.data.sampler.plan import count_micro_batches
 
     launches = [record for record in _records(run) if record["kind"] == "launch"]
     try:

@@ -76,7 +76,7 @@ def _of_corpus(
     tokenizer_path: Path | None,
 ) -> Iterator[RenderableType]:
     """Consecutive windows of a corpus."""
-    from megaflow.data.shards import open_corpus
+    from megaflow.data.corpus.shards import open_corpus
     from megaflow.data.sources import open_source
     from megaflow.data.tokenizer import load_tokenizer
 
@@ -102,7 +102,7 @@ def _of_step(what: Path, step: int, windows: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
     from megaflow.config_load import load_config
-    from megaflow.data.ledger import build_sampler
+    from megaflow.data.sampler.ledger import build_sampler
     from megaflow.data.tokenizer import load_tokenizer
     from megaflow.train.run import open_mix, with_vocabulary
 
@@ -155,7 +155,7 @@ def _window(source: Source, epoch: int, index: int, seed: int, tokenizer: Tokeni
 
 def _place(source: Source, epoch: int, index: int, seed: int, lengths: int) -> tuple[int, int, int]:
     """First document and token of a window, and how many of its `lengths` are documents rather than padding."""
-    from megaflow.data.order import window_offset
+    from megaflow.data.sampler.order import window_offset
 
     corpus = source.corpus
     if corpus.manifest.kind != "text":

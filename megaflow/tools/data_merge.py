@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megaflow.data.merge import MergeOptions, MergeReport
+    from megaflow.data.corpus.merge import MergeOptions, MergeReport
 
 
 def merge(
@@ -39,7 +39,7 @@ def merge(
     Corpora of `megaflow prepare` must have been prepared alike; packs, masks and held-out documents are kept. Those of
     other tools are taken as running text and none of it is held out: merge a part of them as OUT.heldout.
     """
-    from megaflow.data.merge import MergeOptions
+    from megaflow.data.corpus.merge import MergeOptions
 
     found = [prefix for pattern in prefixes for prefix in _expand(pattern)]
     options = MergeOptions(
@@ -65,7 +65,7 @@ def merge(
 
 def _expand(pattern: str) -> list[str]:
     """The prefixes that an argument names, held-out documents apart."""
-    from megaflow.data.prefixes import expand, is_pattern, is_url
+    from megaflow.data.corpus.prefixes import expand, is_pattern, is_url
 
     if not is_url(pattern) and is_pattern(pattern):
         foreign = {path.rpartition(".")[0] for suffix in ("idx", "ds") for path in glob(f"{pattern}.{suffix}")}
@@ -79,8 +79,8 @@ def _merge(out: Path, prefixes: list[str], options: MergeOptions) -> MergeReport
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from megaflow.data.foreign import tokens_path
-    from megaflow.data.merge import merge_corpora
+    from megaflow.data.corpus.foreign import tokens_path
+    from megaflow.data.corpus.merge import merge_corpora
 
     console = Console(stderr=True)
     if not console.is_terminal:

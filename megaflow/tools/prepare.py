@@ -18,9 +18,9 @@ from megaflow.errors import UserError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from megaflow.data.encode import PrepareOptions
-    from megaflow.data.manifest import Manifest
-    from megaflow.data.prepare import PrepareReport
+    from megaflow.data.corpus.manifest import Manifest
+    from megaflow.data.prepare.encode import PrepareOptions
+    from megaflow.data.prepare.prepare import PrepareReport
 
 
 WORKERS_PER_CPU = 4
@@ -120,9 +120,9 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of this name.")] = False,
 ) -> None:
     """Tokenise text files into a corpus to train on: OUT.bin, OUT.idx, the manifest OUT.json and sidecars."""
-    from megaflow.data.encode import PrepareOptions
-    from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
-    from megaflow.data.writer import check_name
+    from megaflow.data.corpus.writer import check_name
+    from megaflow.data.prepare.encode import PrepareOptions
+    from megaflow.data.prepare.templates import DEFAULT_TEMPLATE, ExampleFormat, check_template
 
     check_name(out)
     template = template if template is not None else DEFAULT_TEMPLATE.get(kind.value, "")
@@ -185,7 +185,7 @@ def _prepare(out: Path, inputs: list[Path], options: PrepareOptions) -> PrepareR
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from megaflow.data.prepare import prepare_corpus
+    from megaflow.data.prepare.prepare import prepare_corpus
 
     console = Console(stderr=True)
     if not console.is_terminal:

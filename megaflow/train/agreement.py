@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaflow.data.ledger import LedgerEntry, build_sampler, consumed
+from megaflow.data.sampler.ledger import LedgerEntry, build_sampler, consumed
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megaflow.data.ledger import LedgerEntry, locked, postponed, read_ledger, source_names, write_ledger
+from megaflow.data.sampler.ledger import LedgerEntry, locked, postponed, read_ledger, source_names, write_ledger
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.run import Run

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megaflow.config import Config
-from megaflow.data.mix import StepPlan
-from megaflow.data.schedule import ONE
+from megaflow.data.sampler.mix import StepPlan
+from megaflow.data.sampler.schedule import ONE
 from megaflow.model.flops import flops_per_token
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.hardware import peak_tflops

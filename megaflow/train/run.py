@@ -16,9 +16,9 @@ import torch
 from megaflow.checkpoint.store import step_directories
 from megaflow.config import Config
 from megaflow.config_load import dump_config, read_yaml
-from megaflow.data.configured import caps, configured_entry, edited_entry, with_unimax
-from megaflow.data.forecast import Forecast, forecast
-from megaflow.data.ledger import (
+from megaflow.data.sampler.configured import caps, configured_entry, edited_entry, with_unimax
+from megaflow.data.sampler.forecast import Forecast, forecast
+from megaflow.data.sampler.ledger import (
     LedgerEntry,
     build_sampler,
     entries_from,
@@ -29,8 +29,8 @@ from megaflow.data.ledger import (
     source_names,
     write_ledger,
 )
-from megaflow.data.mix import Sampler
-from megaflow.data.plan import count_micro_batches
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.plan import count_micro_batches
 from megaflow.data.sources import Source, open_heldouts, open_sources
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
 from megaflow.errors import UserError

@@ -8,8 +8,8 @@ import torch
 
 from megaflow.checkpoint.shards import Shards, shards_of
 from megaflow.checkpoint.store import CheckpointStore
-from megaflow.data.ledger import LedgerEntry
-from megaflow.data.mix import Sampler
+from megaflow.data.sampler.ledger import LedgerEntry
+from megaflow.data.sampler.mix import Sampler
 from megaflow.errors import UserError
 from megaflow.model.placement import Placement
 from megaflow.optim.adamw import AdamW

@@ -23,7 +23,7 @@ from benchmarks.data_windows import (
     megaflow_loader,
     megaflow_source,
 )
-from megaflow.data.corpus import Corpus
+from megaflow.data.corpus.corpus import Corpus
 
 
 @pytest.fixture(scope="module")

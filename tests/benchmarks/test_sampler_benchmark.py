@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.sampler_rules import RULES, Layout, error_figures, megatron_stream, step_shares
 from benchmarks.sampler_scale import Promises, Scale, make_groups
-from megaflow.data.mix import Sampler
-from megaflow.data.schedule import Knot, chatflow, compile_knots
+from megaflow.data.sampler.mix import Sampler
+from megaflow.data.sampler.schedule import Knot, chatflow, compile_knots
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "sampler.py"))
 

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megaflow.data.encode import PrepareOptions
+from megaflow.data.prepare.encode import PrepareOptions
 from tests.data.preparing import TEXT
 
 SAMPLE = [

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megaflow.data.corpus import Corpus
-from megaflow.data.manifest import Manifest, TokenizerInfo
+from megaflow.data.corpus.corpus import Corpus
+from megaflow.data.corpus.manifest import Manifest, TokenizerInfo
+from megaflow.data.corpus.writer import CorpusWriter
 from megaflow.data.packing import pack
 from megaflow.data.sources import Source
-from megaflow.data.writer import CorpusWriter
 
 EOS = 2
 TOKENIZER = TokenizerInfo(

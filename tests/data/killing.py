@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megaflow.data import encode
-from megaflow.data.readers import Chunk
-from megaflow.data.shuffle import Limits
+from megaflow.data.prepare import encode
+from megaflow.data.prepare.readers import Chunk
+from megaflow.data.prepare.shuffle import Limits
 from tests.data.preparing import texts, write_jsonl
 
 SMALL = Limits(piece_bytes=3000, partition_documents=40, batch_tokens=500, bucket_tokens=2000, bucket_documents=50)

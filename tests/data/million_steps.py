@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.schedule import chatflow, weights_from_decimals
+from megaflow.data.sampler.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.sampler.schedule import chatflow, weights_from_decimals
 from tests.data.sampler_oracle import OracleSampler
 
 INTERVAL = 100

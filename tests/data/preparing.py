@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from megaflow.data.corpus import Corpus
-from megaflow.data.encode import PrepareOptions
-from megaflow.data.templates import ExampleFormat, Kind, Loss
+from megaflow.data.corpus.corpus import Corpus
+from megaflow.data.prepare.encode import PrepareOptions
+from megaflow.data.prepare.templates import ExampleFormat, Kind, Loss
 from megaflow.data.tokenizer import load_tokenizer
 from tests.data.corpora import document_starts
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from typing import Any
 
-from megaflow.data.ledger import LedgerEntry
+from megaflow.data.sampler.ledger import LedgerEntry
 
 ONE = 1 << 32
 U64 = (1 << 64) - 1

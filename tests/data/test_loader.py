@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflow.data.corpus import Corpus
+from megaflow.data.corpus.corpus import Corpus
 from megaflow.data.loader import Batch, Loader, heldout_batches, make_batch
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.order import window_offset
-from megaflow.data.schedule import ONE, Knot, compile_knots
+from megaflow.data.sampler.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.sampler.order import window_offset
+from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
 from megaflow.data.sources import (
     PackedSource,
     SequentialSource,

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from megaflow.data import native
 from megaflow.data.loader import Loader
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.schedule import ONE, Knot, compile_knots
+from megaflow.data.sampler.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
 from megaflow.data.sources import open_sources
 from tests.data.corpora import write_corpus
 

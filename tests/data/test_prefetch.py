@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from megaflow.data.blocks import Verify
+from megaflow.data.corpus.blocks import Verify
 from megaflow.data.loader import Batch, Loader, make_batch
-from megaflow.data.mix import GroupSpec, Sampler, SourceSpec
-from megaflow.data.plan import StepPlan, count_micro_batches
 from megaflow.data.prefetch import Prefetcher
-from megaflow.data.schedule import ONE, CompiledSchedule, Knot, compile_knots
+from megaflow.data.sampler.mix import GroupSpec, Sampler, SourceSpec
+from megaflow.data.sampler.plan import StepPlan, count_micro_batches
+from megaflow.data.sampler.schedule import ONE, CompiledSchedule, Knot, compile_knots
 from megaflow.data.sources import Source, open_sources
 from megaflow.errors import UserError
 from tests.data.corpora import write_corpus

@@ -10,12 +10,13 @@ from random import Random
 import numpy as np
 import pytest
 
-from megaflow.data import native, order
-from megaflow.data.corpus import Corpus
-from megaflow.data.counts import CountRule, Progress, quota
-from megaflow.data.manifest import Manifest, TokenizerInfo
-from megaflow.data.schedule import ONE, CompiledSchedule, weights_from_decimals
-from megaflow.data.writer import CorpusWriter
+from megaflow.data import native
+from megaflow.data.corpus.corpus import Corpus
+from megaflow.data.corpus.manifest import Manifest, TokenizerInfo
+from megaflow.data.corpus.writer import CorpusWriter
+from megaflow.data.sampler import order
+from megaflow.data.sampler.counts import CountRule, Progress, quota
+from megaflow.data.sampler.schedule import ONE, CompiledSchedule, weights_from_decimals
 from megaflow.errors import UserError
 from tests.data import million_steps, sampler_oracle
 from tests.data.corpora import finish

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.ledger import LedgerEntry, read_ledger, write_ledger
-from megaflow.data.schedule import ONE, chatflow, weights_from_decimals
+from megaflow.data.sampler.groups import GroupSpec, SourceSpec
+from megaflow.data.sampler.ledger import LedgerEntry, read_ledger, write_ledger
+from megaflow.data.sampler.schedule import ONE, chatflow, weights_from_decimals
 from megaflow.errors import UserError
 from megaflow.tools.data import data
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megaflow.data.manifest import Manifest, TokenizerInfo
-from megaflow.data.order import window_offset
+from megaflow.data.corpus.manifest import Manifest, TokenizerInfo
+from megaflow.data.corpus.writer import CorpusWriter
+from megaflow.data.sampler.order import window_offset
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
-from megaflow.data.writer import CorpusWriter
 from megaflow.errors import UserError
 from megaflow.tools.cli import app
 from megaflow.tools.data_inspect import visible
@@ -142,7 +142,7 @@ def config(tmp_path: Path, sp_model: Path) -> Path:  # noqa: F811
 
 def test_a_step_shows_the_windows_that_it_trains_on(config: Path, tmp_path: Path) -> None:
     from megaflow.config_load import dump_config, load_config
-    from megaflow.data.ledger import build_sampler, write_ledger
+    from megaflow.data.sampler.ledger import build_sampler, write_ledger
     from megaflow.train.run import open_mix, with_vocabulary
 
     settings = load_config(config)

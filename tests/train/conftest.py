@@ -12,9 +12,9 @@ import pytest
 
 from megaflow.config import Config
 from megaflow.config_load import parse_config
-from megaflow.data.encode import PrepareOptions
-from megaflow.data.prepare import prepare_corpus
-from megaflow.data.templates import DEFAULT_TEMPLATE, ExampleFormat
+from megaflow.data.prepare.encode import PrepareOptions
+from megaflow.data.prepare.prepare import prepare_corpus
+from megaflow.data.prepare.templates import DEFAULT_TEMPLATE, ExampleFormat
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "demo" / "tokenizer.model"

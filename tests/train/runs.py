@@ -15,7 +15,7 @@ import torch
 import megaflow.train.loop as loop
 from megaflow.checkpoint.store import open_checkpoint
 from megaflow.config import Config
-from megaflow.data.ledger import build_sampler, read_ledger
+from megaflow.data.sampler.ledger import build_sampler, read_ledger
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.run import Run, plan_run
 from megaflow.train.samples import SampleId

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megaflow.checkpoint.store import open_checkpoint
-from megaflow.data.groups import GroupSpec, SourceSpec
-from megaflow.data.ledger import LedgerEntry, build_sampler
-from megaflow.data.schedule import ONE, Knot, compile_knots
+from megaflow.data.sampler.groups import GroupSpec, SourceSpec
+from megaflow.data.sampler.ledger import LedgerEntry, build_sampler
+from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.agreement import DigestCheck, check_history

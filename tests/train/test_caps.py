@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, parse_config
-from megaflow.data.schedule import ONE
+from megaflow.data.sampler.schedule import ONE
 from megaflow.errors import UserError
 from megaflow.tools.data import data
 from megaflow.train.run import Run, plan_run

@@ -10,8 +10,8 @@ import pytest
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, parse_config, read_yaml
-from megaflow.data.ledger import LedgerEntry, append_entry, read_ledger, write_ledger
-from megaflow.data.schedule import Knot, compile_knots
+from megaflow.data.sampler.ledger import LedgerEntry, append_entry, read_ledger, write_ledger
+from megaflow.data.sampler.schedule import Knot, compile_knots
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.tools.data import change

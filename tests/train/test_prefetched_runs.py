@@ -12,8 +12,8 @@ import torch
 
 from megaflow.config import Config
 from megaflow.config_load import parse_config
-from megaflow.data.ledger import append_entry, read_ledger
-from megaflow.data.schedule import Knot, compile_knots
+from megaflow.data.sampler.ledger import append_entry, read_ledger
+from megaflow.data.sampler.schedule import Knot, compile_knots
 from megaflow.train.run import Run, plan_run
 from megaflow.train.samples import read_samples
 from tests.data.corpora import read_window

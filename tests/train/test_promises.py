@@ -19,7 +19,7 @@ import pytest
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, parse_config
-from megaflow.data.manifest import read_manifest
+from megaflow.data.corpus.manifest import read_manifest
 from megaflow.tools.data import change
 from megaflow.train.samples import read_samples, sample_dir
 from tests.train.conftest import SEQ_LENGTH, tiny_config

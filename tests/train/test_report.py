@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 
 from megaflow.config import Config
-from megaflow.data.corpus import Corpus
+from megaflow.data.corpus.corpus import Corpus
 from megaflow.data.loader import heldout_batches
 from megaflow.data.sources import open_heldout
 from megaflow.data.unigram import unigram_loss

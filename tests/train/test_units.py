@@ -10,8 +10,8 @@ import torch
 
 from megaflow.config import Config
 from megaflow.config_load import parse_config
-from megaflow.data.ledger import build_sampler, read_ledger
-from megaflow.data.schedule import ONE
+from megaflow.data.sampler.ledger import build_sampler, read_ledger
+from megaflow.data.sampler.schedule import ONE
 from megaflow.errors import UserError
 from megaflow.train.agreement import check_history
 from megaflow.train.run import plan_run

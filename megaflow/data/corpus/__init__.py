@@ -1,0 +1,1 @@
+"""Corpora on disk: formats, checks, shards, writing, merging."""

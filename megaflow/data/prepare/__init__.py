@@ -1,0 +1,1 @@
+"""Text to corpora: reading, templates, tokenising, shuffling."""

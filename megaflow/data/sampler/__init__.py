@@ -1,0 +1,1 @@
+"""The global-batch sampler: schedule, counts, order, plans, ledger."""
