@@ -17,15 +17,15 @@ def window_lines(windows: dict[str, Any]) -> list[str]:
         "and document boundaries. megatron-core's boundaries are `reset_position_ids` and `eod_mask_loss`; it makes no "
         "list of boundaries. datasets reads windows that were cut and stored beforehand, positions with them.",
         "",
-        "| contender | windows/s | quartiles | windows per CPU second | GB/s of int64 tokens |",
+        "| contender | windows/s | quartiles | windows per CPU second | million tokens/s |",
         "|---|---|---|---|---|",
     ]
     for name, run in windows["runs"].items():
         low, high = run["quartiles"]
-        gigabytes = 8 * windows["seq_length"] * run["per_second"] / 1e9
+        tokens = windows["seq_length"] * run["per_second"] / 1e6
         lines.append(
             f"| {name} | {run['per_second']:,.0f} | {low:,.0f} ... {high:,.0f} | {run['per_cpu_second']:,.0f} "
-            f"| {gigabytes:.2f} |"
+            f"| {tokens:,.0f} |"
         )
     lines += [f"| {name} | {why} | | | |" for name, why in windows["missing"].items()]
     lines += ["", f"Target: {windows['target']:,} windows per second and core with boundaries."]
