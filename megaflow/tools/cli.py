@@ -14,6 +14,7 @@ from megaflow.tools.data_merge import merge
 from megaflow.tools.doctor import doctor
 from megaflow.tools.export import export
 from megaflow.tools.generate import generate
+from megaflow.tools.plan import plan
 from megaflow.tools.plot import plot
 from megaflow.tools.prepare import prepare
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (prepare, config, doctor, plot, generate, export):
+for command in (prepare, config, doctor, plan, plot, generate, export):
     app.command()(command)
 data.command()(inspect)
 data.command()(merge)
