@@ -99,15 +99,13 @@ def zb_h1(pp: int, micro_batches: int) -> Schedule:
     ranks = []
     for rank in range(pp):
         forwards, backwards = _each("forward", micro_batches), _each("backward_input", micro_batches)
-        actions, waiting = [], 0
+        actions = []
         for kind, index in _alternate(forwards, backwards, warmup=pp - 1 - rank):
             actions.append(Action(kind, index, rank))
-            waiting += kind == "backward_input"
-            cooldown = kind == "backward_input" and index >= micro_batches - (pp - rank)
-            if waiting > rank or cooldown:
-                actions.append(Action("backward_weight", index - waiting + 1, rank))
-                waiting -= 1
-        actions += [Action("backward_weight", i, rank) for i in range(micro_batches - waiting, micro_batches)]
+            if kind == "backward_input" and index >= rank:
+                actions.append(Action("backward_weight", index - rank, rank))
+        rest = range(max(micro_batches - rank, 0), micro_batches)
+        actions += [Action("backward_weight", index, rank) for index in rest]
         ranks.append(actions)
     return _schedule("zb_h1", micro_batches, _loop(pp, 1), ranks)
 
@@ -120,10 +118,7 @@ def zb_v(pp: int, micro_batches: int) -> Schedule:
     2 pp activations of half a rank's layers: 1F1B's peak, on every rank.
     """
     owners = (*range(pp), *reversed(range(pp)))
-    # fewer than fill the pipeline: the schedule of those that do, without the others
-    ranks = [_v_rank(pp, rank, max(micro_batches, 2 * pp)) for rank in range(pp)]
-    kept = [[action for action in actions if action.micro_batch < micro_batches] for actions in ranks]
-    return _schedule("zb_v", micro_batches, owners, kept)
+    return _schedule("zb_v", micro_batches, owners, [_v_rank(pp, rank, micro_batches) for rank in range(pp)])
 
 
 def _v_rank(pp: int, rank: int, micro_batches: int) -> list[Action]:
