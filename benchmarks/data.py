@@ -13,8 +13,6 @@ import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before they load
 
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,19 +22,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
 from benchmarks.data_report import draw, markdown
 from benchmarks.data_tokenizers import LIBRARIES, export, read_texts
 from benchmarks.data_windows import CONTENDERS, check, make_corpora
-from benchmarks.train_cpu_report import cpu_name
+from benchmarks.parts import measure_parts, version
 
 TARGET = 30_000
 """Windows of 4096 tokens per second and core."""
@@ -61,14 +57,6 @@ class Sizes:
 SMOKE = Sizes(tokens=40_000, seq_length=64, micro_batch=2, turn_seconds=0.01, turns=2, texts=20, encodings=2)
 
 Tick = Callable[[], None]
-
-
-def version(package: str) -> str | None:
-    """The package's version; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def measure_windows(sizes: Sizes, tick: Tick) -> dict[str, Any]:
@@ -168,30 +156,12 @@ def main(
     smoke: Annotated[bool, typer.Option(help="tiny sizes, to see that it runs")] = False,
 ) -> None:
     """Measure megaflow's data path on this CPU."""
-    chosen = part or list(PARTS)
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
     torch.set_num_threads(1)
     sizes = SMOKE if smoke else Sizes()
     path = out / f"data-{date.today().isoformat()}.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if part and path.exists() else {"loads": {}}
-    versions = {package: found for package in PACKAGES if (found := version(package)) is not None}
-    result |= {
-        "date": date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": result.get("versions", {}) | versions,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    totals = {"windows": len(CONTENDERS) * sizes.turns, "tokenizers": 2 * len(LIBRARIES) * sizes.encodings}
-    with Progress(disable=not sys.stdout.isatty()) as progress:
-        for name in chosen:
-            task = progress.add_task(name, total=totals[name])
-            result["loads"][name] = round(os.getloadavg()[0], 2)
-            result[name] = PARTS[name](sizes, partial(progress.advance, task))
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    turns = {"windows": len(CONTENDERS) * sizes.turns, "tokenizers": 2 * len(LIBRARIES) * sizes.encodings}
+    parts = {name: (turns[name], partial(measure, sizes)) for name, measure in PARTS.items()}
+    result = measure_parts(path, parts, part, PACKAGES)
     path.with_suffix(".md").write_text(markdown(result))
     draw(result, path.with_suffix(".png"))
     typer.echo(markdown(result))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,14 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.progress import Progress
 
 from megaflow.data import native
 from megaflow.data.sampler import order
@@ -37,10 +35,10 @@ from megaflow.data.sampler.plan import StepPlan
 from megaflow.data.sampler.schedule import CompiledSchedule, Knot, chatflow, compile_knots
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
+from benchmarks.parts import measure_parts
 from benchmarks.sampler_report import draw, markdown
 from benchmarks.sampler_rules import RULES, SCHEDULED, Layout, error_figures, step_shares
 from benchmarks.sampler_scale import FINAL, INITIAL, Scale, make_groups, simulate
-from benchmarks.train_cpu_report import cpu_name
 
 TARGETS_US = {"C++": 100.0, "numpy": 2000.0}
 """Microseconds that a plan of 1024 sequences over 8 sources may take, digest apart."""
@@ -221,41 +219,15 @@ def main(
     smoke: Annotated[bool, typer.Option(help="tiny sizes, to see that it runs")] = False,
 ) -> None:
     """Measure megaflow's sampler on this CPU."""
-    chosen = part or list(PARTS)
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
     sizes = SMOKE if smoke else Sizes()
     path = out / f"sampler-{date.today().isoformat()}.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if part and path.exists() else {"loads": {}}
-    versions = {name: metadata.version(name) for name in ("numpy", "megatron-core") if _installed(name)}
-    result |= {
-        "date": date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": result.get("versions", {}) | versions,
-        "host_library": native.status(),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    with Progress(disable=not sys.stdout.isatty()) as progress:
-        for name in chosen:
-            task = progress.add_task(name, total=turns(name, sizes))
-            result["loads"][name] = round(os.getloadavg()[0], 2)
-            result[name] = PARTS[name](sizes, partial(progress.advance, task))
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    parts = {name: (turns(name, sizes), partial(measure, sizes)) for name, measure in PARTS.items()}
+    result = measure_parts(path, parts, part, ("numpy", "megatron-core")) | {"host_library": native.status()}
+    path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
     draw(result, path.with_suffix(".png"))
     typer.echo(markdown(result))
     typer.echo(path)
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

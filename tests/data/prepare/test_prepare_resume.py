@@ -17,27 +17,8 @@ from megaflow.data.prepare.encode import PrepareOptions
 from megaflow.data.prepare.prepare import PrepareReport, prepare_corpus
 from megaflow.data.prepare.shuffle import Buckets
 from megaflow.data.prepare.spool import Spool
-from tests.data.killing import SMALL, content, counted_chunks, inputs_of_all_kinds, journal, killed, remove
+from tests.data.killing import SMALL, content, counted_chunks, journal, killed, remove
 from tests.data.preparing import PAIRS, example_options, write_jsonl
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process wrote outlives it without."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(readers, "READ_BYTES", 100)
-    monkeypatch.setattr(readers, "PARQUET_ROWS", 5)
-    return inputs_of_all_kinds(tmp_path / "in")
-
-
-@pytest.fixture
-def some_bad(options: PrepareOptions) -> PrepareOptions:
-    return replace(options, max_bad=0.1)
 
 
 @pytest.mark.parametrize(

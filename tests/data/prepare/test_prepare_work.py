@@ -5,38 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaflow.data.corpus.writer import CorpusWriter, fcntl, locked
-from megaflow.data.prepare import prepare, readers, spool
+from megaflow.data.prepare import prepare, spool
 from megaflow.data.prepare.encode import PrepareOptions
 from megaflow.data.prepare.prepare import prepare_corpus
 from megaflow.data.prepare.spool import Spool
 from megaflow.errors import UserError
-from tests.data.killing import SMALL, content, in_child, inputs_of_all_kinds, journal, killed
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process wrote outlives it without."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(readers, "READ_BYTES", 100)
-    monkeypatch.setattr(readers, "PARQUET_ROWS", 5)
-    return inputs_of_all_kinds(tmp_path / "in")
-
-
-@pytest.fixture
-def some_bad(options: PrepareOptions) -> PrepareOptions:
-    return replace(options, max_bad=0.1)
+from tests.data.killing import SMALL, content, in_child, journal, killed
 
 
 def test_a_name_is_prepared_by_one_process_at_a_time(
