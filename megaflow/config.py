@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from megaflow.config_data import DataConfig
+from megaflow.config_parallel import ParallelConfig
 from megaflow.config_section import Positive, Section, Size, divisors, nearest
 from megaflow.errors import UserError
+from megaflow.parallel.schedule import make_schedule
 
 
 class ModelConfig(Section):
@@ -81,6 +83,11 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Parameters and activations; bf16 keeps fp32 master weights, moments and gradient sums."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: selective, those of attention, norms and SwiGLU;
+    full, all but the layers' inputs."""
+    recompute_interval: Positive = 1
+    """Recompute every k-th layer only."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights."""
     log_interval: Positive = 1
@@ -132,17 +139,6 @@ class OptimConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """How the model is cut over processes; data parallelism takes what tensor parallelism leaves."""
-
-    tp: Size = 1
-    """Tensor-parallel processes per model replica."""
-    sequence_parallel: bool = False
-    """Cut norms and residuals along the sequence over the tensor-parallel processes."""
-    timeout: Positive = 600
-    """Seconds until a collective that does not finish ends the run."""
-
-
 class CheckpointConfig(Section):
     """What is saved, and where a run starts from."""
 
@@ -150,6 +146,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; one follows the last step too. 0: that one only."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Write in the background from a copy in host memory; a step waits for the copy only."""
 
 
 class Config(Section):
@@ -166,7 +164,7 @@ class Config(Section):
     optim: OptimConfig
     """Optimizer and learning rate."""
     parallel: ParallelConfig = ParallelConfig()
-    """Tensor and sequence parallelism."""
+    """Tensor, pipeline, context and data parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     kernels: dict[str, str] = Field(default_factory=dict)
@@ -183,10 +181,22 @@ class Config(Section):
                     f"parallel.tp {parallel.tp} does not divide model.{name} {size}; "
                     f"nearest tp: {nearest(parallel.tp, choices)}"
                 )
-        if parallel.sequence_parallel and self.data.seq_length % parallel.tp:
+        # under cp each process takes two parts of every sequence, one from each half
+        parts = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
+        if self.data.seq_length % parts:
             raise ValueError(
-                f"data.seq_length {self.data.seq_length} is not a multiple of parallel.tp {parallel.tp}, which "
-                f"sequence_parallel needs; nearest: {self.data.seq_length // parallel.tp * parallel.tp}"
+                f"data.seq_length {self.data.seq_length} is not a multiple of {parts}, which parallel.cp, tp and "
+                f"sequence_parallel need; nearest: {self.data.seq_length // parts * parts or parts}"
+            )
+        if parallel.layers_per_chunk is not None and sum(parallel.layers_per_chunk) != model.num_layers:
+            raise ValueError(
+                f"parallel.layers_per_chunk adds up to {sum(parallel.layers_per_chunk)}, but model.num_layers is "
+                f"{model.num_layers}"
+            )
+        if parallel.num_chunks > 1 and model.num_layers < parallel.num_chunks:
+            raise ValueError(
+                f"parallel: {parallel.num_chunks} chunks (pp x chunks) for model.num_layers {model.num_layers}; take a "
+                "smaller pp"
             )
         if optim.warmup_steps + optim.decay_steps > self.train.steps:
             raise ValueError(
@@ -198,19 +208,26 @@ class Config(Section):
     def check_world(self, world_size: int) -> int:
         """Checks the layout against the number of processes and returns the data-parallel size.
 
-        Raises UserError when tp does not divide world_size or dp x micro-batch does not divide the global batch.
+        Raises UserError when pp x cp x tp does not divide world_size, dp x micro-batch does not divide the global
+        batch, or the schedule does not exist for that many micro-batches.
         """
-        tp, batch, micro = self.parallel.tp, self.train.global_batch_size, self.train.micro_batch_size
-        if world_size % tp:
+        parallel, batch, micro = self.parallel, self.train.global_batch_size, self.train.micro_batch_size
+        if world_size % parallel.replica:
+            product = "tp" if parallel.replica == parallel.tp else f"pp x cp x tp = {parallel.replica}"
             raise UserError(
-                f"parallel.tp: {tp} does not divide the {world_size} processes; nearest tp: "
-                f"{nearest(tp, divisors(world_size))}"
+                f"parallel.tp: {parallel.tp} does not divide the {world_size} processes; nearest tp: "
+                f"{nearest(parallel.tp, divisors(world_size))}"
+                if product == "tp"
+                else f"parallel: {product} does not divide the {world_size} processes; start a multiple of "
+                f"{parallel.replica}, or change pp, cp or tp"
             )
-        per_pass = world_size // tp * micro
+        dp = world_size // parallel.replica
+        per_pass = dp * micro
         if batch % per_pass:
             choices = [c for c in (batch // per_pass * per_pass, (batch // per_pass + 1) * per_pass) if c]
             raise UserError(
-                f"train.global_batch_size: {batch} is not a multiple of dp x micro_batch_size = {world_size // tp} x "
+                f"train.global_batch_size: {batch} is not a multiple of dp x micro_batch_size = {dp} x "
                 f"{micro}; nearest: {nearest(batch, choices)}"
             )
-        return world_size // tp
+        make_schedule(parallel.schedule, parallel.pp, batch // per_pass, parallel.chunks_per_rank)
+        return dp

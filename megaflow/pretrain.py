@@ -76,7 +76,7 @@ def join_and_train(run: Run, device: torch.device) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
-    train(run, ParallelContext.create(parallel.tp, parallel.sequence_parallel, device))
+    train(run, ParallelContext.create(parallel, device))
     dist.destroy_process_group()
 
 

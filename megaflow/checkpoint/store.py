@@ -167,7 +167,7 @@ class CheckpointStore:
             raise ValueError(f"keep={keep}: at least 2 checkpoints are kept")
         self.directory = Path(directory)
         self.rank, self.world_size = (ctx.rank, ctx.world_size) if ctx else (0, 1)
-        self.layout = {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp} if ctx else {"world_size": 1}
+        self.layout = ctx.layout if ctx else {"world_size": 1}
         self.keep = keep
         if fault := self._everyones(self._make_folder() if self.rank == 0 else None)[0]:
             raise UserError(f"{self.directory}: cannot make the checkpoint folder: {fault}")

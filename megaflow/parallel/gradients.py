@@ -66,7 +66,7 @@ class GradientBuffer:
         if self.ctx.sequence_parallel:
             dist.all_reduce(self.flat[self.decay_numel :], group=self.ctx.tp_group)
         if self.ctx.dp > 1:
-            dist.all_reduce(self.flat, group=self.ctx.dp_group)
+            dist.all_reduce(self.flat, group=self.ctx.group("dp"))
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared norm, an fp64 scalar: summed over tp it counts every parameter once."""

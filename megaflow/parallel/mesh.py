@@ -9,21 +9,35 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
+
+PIPELINE_CHANNELS = ("forward_up", "forward_down", "backward_up", "backward_down")
+"""Groups of the pipeline ranks, one for each pass and direction, so that plain sends and receives never cross."""
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """A rank's place in the grid of data-parallel x tensor-parallel ranks; tensor-parallel neighbours are adjacent."""
+    """A rank's place in the grid pp x dp x cp x tp; tensor-parallel neighbours are adjacent, pipeline stages far apart.
+
+    Ranks that differ in dp hold other sequences, in cp other parts of them, in tp other parts of each layer, in pp
+    other layers.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    pp: int = 1
+    """Pipeline-parallel size: ranks that share a replica's layers."""
+    pp_rank: int = 0
     dp: int = 1
     """Data-parallel size: model replicas, each with its own sequences."""
     dp_rank: int = 0
+    cp: int = 1
+    """Context-parallel size: ranks that share each sequence."""
+    cp_rank: int = 0
     tp: int = 1
-    """Tensor-parallel size: ranks that share one replica."""
+    """Tensor-parallel size: ranks that share each layer."""
     tp_rank: int = 0
     sequence_parallel: bool = False
     """Norms and residuals are cut along the sequence over the tensor-parallel ranks."""
@@ -35,41 +49,69 @@ class ParallelContext:
         return cls(torch.device(device))
 
     @classmethod
-    def create(cls, tp: int, sequence_parallel: bool, device: torch.device | str) -> ParallelContext:
+    def create(cls, parallel: ParallelConfig, device: torch.device | str) -> ParallelContext:
         """The context of this rank of the initialised default process group; collective.
 
         Raises:
-            ValueError: when tp does not divide the number of ranks.
+            ValueError: when pp x cp x tp does not divide the number of ranks.
         """
-        world = dist.get_world_size()
-        if world % tp:
-            raise ValueError(f"tp {tp} does not divide the {world} ranks")
-        sizes = {"dp": world // tp, "tp": tp}
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % parallel.replica:
+            raise ValueError(f"pp x cp x tp = {parallel.replica} does not divide the {world} ranks")
+        sizes = {"pp": parallel.pp, "dp": world // parallel.replica, "cp": parallel.cp, "tp": parallel.tp}
         mesh = init_device_mesh(torch.device(device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        dp_rank, tp_rank = divmod(dist.get_rank(), tp)
+        groups = {name: mesh.get_group(name) for name, size in sizes.items() if size > 1}
+        grid = torch.arange(world).view(tuple(sizes.values()))
+        data = grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"])
+        if sizes["dp"] > 1 and sizes["cp"] > 1:
+            groups |= _group_of("data", data)
+        elif data.shape[1] > 1:
+            groups["data"] = groups["dp" if sizes["dp"] > 1 else "cp"]
+        if parallel.pp > 1:
+            pipelines = grid.flatten(1).T
+            for name in PIPELINE_CHANNELS:
+                groups |= _group_of(name, pipelines)
+            groups |= _group_of("embedding", pipelines[:, [0, -1]])
+        places = {f"{name}_rank": int((grid == rank).nonzero()[0, i]) for i, name in enumerate(sizes)}
         return cls(
             device=torch.device(device),
-            rank=dist.get_rank(),
+            rank=rank,
             world_size=world,
-            dp=sizes["dp"],
-            dp_rank=dp_rank,
-            tp=tp,
-            tp_rank=tp_rank,
-            sequence_parallel=sequence_parallel and tp > 1,
-            groups={name: mesh.get_group(name) for name, size in sizes.items() if size > 1},
+            sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+            groups=groups,
+            **sizes,
+            **places,
         )
 
     @property
-    def tp_group(self) -> dist.ProcessGroup:
-        """The ranks that share this replica; RuntimeError when there is only this one."""
-        return self._group("tp")
+    def data(self) -> int:
+        """Ranks that hold the same weights and see other tokens: dp x cp."""
+        return self.dp * self.cp
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same cut of the other replicas; RuntimeError when there is only this one."""
-        return self._group("dp")
+    def data_rank(self) -> int:
+        """This rank's place among those."""
+        return self.dp_rank * self.cp + self.cp_rank
 
-    def _group(self, name: str) -> dist.ProcessGroup:
+    @property
+    def layout(self) -> dict[str, int]:
+        """The sizes, for logs and checkpoints."""
+        return {"world_size": self.world_size, "pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The ranks that share each layer; RuntimeError when there is only this one."""
+        return self.group("tp")
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The group of that name.
+
+        "tp", "cp", "dp", "pp": the ranks that differ in that one coordinate. "data": in dp or cp, which see other
+        tokens and hold the same weights. The `PIPELINE_CHANNELS`: in pp. "embedding": the first and last pipeline rank.
+
+        Raises:
+            RuntimeError: when this rank would be alone in it.
+        """
         if name not in self.groups:
             raise RuntimeError(f"there is no {name} group: its size is 1")
         return self.groups[name]
@@ -79,6 +121,12 @@ class ParallelContext:
         if size % self.tp:
             raise ValueError(f"{size} cannot be cut evenly over {self.tp} tensor-parallel ranks")
         return size // self.tp
+
+
+def _group_of(name: str, rows: torch.Tensor) -> dict[str, dist.ProcessGroup]:
+    """Makes a group of each row of ranks and gives the one of this rank by name; nothing where it is in none."""
+    own, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    return {name: own} if isinstance(own, dist.ProcessGroup) else {}
 
 
 def on_main_rank(ctx: ParallelContext, action: Callable[[], None]) -> None:

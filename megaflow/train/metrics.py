@@ -42,7 +42,7 @@ class SourceTotals:
     def reduce(self, ctx: ParallelContext) -> None:
         """Sums over data-parallel ranks: one all-reduce for every source's loss and counts."""
         if ctx.dp > 1:
-            dist.all_reduce(self.values, group=ctx.dp_group)
+            dist.all_reduce(self.values, group=ctx.group("dp"))
 
 
 def mean_loss(row: list[float]) -> float | None:

@@ -74,7 +74,7 @@ class Report:
         launch = {
             "torch": torch.__version__,
             "device": ctx.device.type,
-            "layout": {"world_size": ctx.world_size, "dp": ctx.dp, "tp": ctx.tp},
+            "layout": ctx.layout,
             "peak": {"tflops": self.speed.peak, "name": self.speed.peak_name},
         }
         self.log.write({"kind": "launch", "step": step, "time": time.time(), **launch})

@@ -18,6 +18,7 @@ from megaflow.checkpoint.shards import shards_of
 from megaflow.checkpoint.store import CheckpointStore, open_checkpoint
 from megaflow.checkpoint.tokenizer_export import export_tokenizer
 from megaflow.config import ModelConfig
+from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.init import initialise
@@ -93,7 +94,7 @@ def build(model_config: ModelConfig, ctx: ParallelContext) -> Llama:
 
 def save_model(run: Path, model_config: ModelConfig, tp: int) -> None:
     """A run directory with a checkpoint of a freshly initialised model."""
-    ctx = ParallelContext.create(tp, False, "cpu")
+    ctx = ParallelContext.create(ParallelConfig(tp=tp), "cpu")
     parameters = dict(build(model_config, ctx).named_parameters())
     scalars = {
         "config": {

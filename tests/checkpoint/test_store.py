@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from megaflow.checkpoint import storage, store
 from megaflow.checkpoint.shards import Shards
 from megaflow.checkpoint.store import CheckpointStore, open_checkpoint, step_directories
+from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
 from megaflow.parallel.mesh import ParallelContext
 from tests.distributed import run_ranks
@@ -60,7 +61,7 @@ def local(tensors: dict[str, torch.Tensor], ctx: ParallelContext) -> dict[str, S
 
 
 def context(tp: int) -> ParallelContext:
-    return ParallelContext.create(tp, False, "cpu") if dist.is_initialized() else ParallelContext.single()
+    return ParallelContext.create(ParallelConfig(tp=tp), "cpu") if dist.is_initialized() else ParallelContext.single()
 
 
 def save(directory: Path, tp: int, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megaflow.config_parallel import ParallelConfig
 from megaflow.model.generate import Sampling, choose, generate
 from megaflow.model.llama import Llama
 from megaflow.parallel.mesh import ParallelContext
@@ -32,7 +33,7 @@ def test_greedy_with_the_cache_equals_greedy_without() -> None:
 
 
 def generate_on_rank(sequence_parallel: bool, sampling: Sampling) -> list[int]:
-    ctx = ParallelContext.create(tp=2, sequence_parallel=sequence_parallel, device="cpu")
+    ctx = ParallelContext.create(ParallelConfig(tp=2, sequence_parallel=sequence_parallel), "cpu")
     return list(generate(tiny_model(ctx=ctx), PROMPT, 20, None, sampling))
 
 

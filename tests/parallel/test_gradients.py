@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaflow.config_parallel import ParallelConfig
 from megaflow.parallel.gradients import FlatParameters, GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
 from tests.distributed import run_ranks
@@ -66,7 +67,7 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 
 
 def reduced_ones() -> tuple[int, float, float, float]:
-    ctx = ParallelContext.create(tp=2, sequence_parallel=True, device="cpu")
+    ctx = ParallelContext.create(ParallelConfig(tp=2, sequence_parallel=True), "cpu")
     parameters = FlatParameters(tiny_model(ctx=ctx))
     gradients = GradientBuffer(parameters, ctx)
     gradients.flat.fill_(1.0)

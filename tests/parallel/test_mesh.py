@@ -5,35 +5,50 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from megaflow.parallel.mesh import ParallelContext
+from megaflow.config_parallel import ParallelConfig
+from megaflow.parallel.mesh import PIPELINE_CHANNELS, ParallelContext
 from tests.distributed import RankError, run_ranks
 
 
-def grid(tp: int) -> tuple[int, int, list[int], list[int]]:
-    ctx = ParallelContext.create(tp, sequence_parallel=False, device="cpu")
-    groups = [dist.get_process_group_ranks(group) for group in (ctx.dp_group, ctx.tp_group)]
-    return ctx.dp_rank, ctx.tp_rank, *groups
+def grid(parallel: ParallelConfig, names: list[str]) -> tuple:
+    ctx = ParallelContext.create(parallel, "cpu")
+    groups = {name: dist.get_process_group_ranks(ctx.groups[name]) for name in names if name in ctx.groups}
+    return (ctx.pp_rank, ctx.dp_rank, ctx.cp_rank, ctx.tp_rank), groups
 
 
 def test_tensor_parallel_neighbours_are_adjacent() -> None:
-    assert run_ranks(4, grid, 2) == [
-        (0, 0, [0, 2], [0, 1]),
-        (0, 1, [1, 3], [0, 1]),
-        (1, 0, [0, 2], [2, 3]),
-        (1, 1, [1, 3], [2, 3]),
+    assert run_ranks(4, grid, ParallelConfig(tp=2), ["dp", "tp", "data", "pp"]) == [
+        ((0, 0, 0, 0), {"dp": [0, 2], "tp": [0, 1], "data": [0, 2]}),
+        ((0, 0, 0, 1), {"dp": [1, 3], "tp": [0, 1], "data": [1, 3]}),
+        ((0, 1, 0, 0), {"dp": [0, 2], "tp": [2, 3], "data": [0, 2]}),
+        ((0, 1, 0, 1), {"dp": [1, 3], "tp": [2, 3], "data": [1, 3]}),
     ]
+
+
+def test_grid_of_all_four() -> None:
+    names = ["pp", "dp", "cp", "tp", "data", "embedding", *PIPELINE_CHANNELS]
+    found = run_ranks(8, grid, ParallelConfig(pp=2, cp=2, tp=1), names)
+    assert [place for place, _ in found] == [(p, d, c, 0) for p in (0, 1) for d in (0, 1) for c in (0, 1)]
+    _, groups = found[6]
+    pipeline = {key: [2, 6] for key in ["pp", "embedding", *PIPELINE_CHANNELS]}
+    assert groups == pipeline | {"dp": [4, 6], "cp": [6, 7], "data": [4, 5, 6, 7]}
+
+
+def test_the_embedding_group_is_the_ends_of_the_pipeline() -> None:
+    found = run_ranks(4, grid, ParallelConfig(pp=4), ["embedding", "data"])
+    assert [groups for _, groups in found] == [{"embedding": [0, 3]}, {}, {}, {"embedding": [0, 3]}]
 
 
 def test_a_group_of_one_is_an_error() -> None:
     ctx = ParallelContext.single()
     with pytest.raises(RuntimeError, match="no tp group"):
         _ = ctx.tp_group
-    with pytest.raises(RuntimeError, match="no dp group"):
-        _ = ctx.dp_group
+    with pytest.raises(RuntimeError, match="no data group"):
+        ctx.group("data")
 
 
 def test_uneven_layouts_are_refused() -> None:
-    with pytest.raises(RankError, match="tp 3 does not divide the 2 ranks"):
-        run_ranks(2, grid, 3)
+    with pytest.raises(RankError, match="= 3 does not divide the 2 ranks"):
+        run_ranks(2, grid, ParallelConfig(tp=3), [])
     with pytest.raises(ValueError, match="10 cannot be cut evenly over 4"):
         ParallelContext(ParallelContext.single().device, tp=4).tp_share(10)

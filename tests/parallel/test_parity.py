@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaflow.config import ModelConfig, OptimConfig
+from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch
 from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
@@ -99,7 +100,7 @@ def train(ctx: ParallelContext, config: ModelConfig, steps: int = STEPS) -> Curv
 
 
 def train_on_rank(tp: int, sequence_parallel: bool, config: ModelConfig, steps: int, without: str | None) -> Curve:
-    ctx = ParallelContext.create(tp, sequence_parallel, "cpu")
+    ctx = ParallelContext.create(ParallelConfig(tp=tp, sequence_parallel=sequence_parallel), "cpu")
     if without is not None:
         take_out(without)
     return train(ctx, config, steps)

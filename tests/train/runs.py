@@ -33,10 +33,7 @@ def run(
 
     def rank_main() -> None:
         planned = plan_run(config, torch.device("cpu"))
-        if world == 1:
-            ctx = ParallelContext.single()
-        else:
-            ctx = ParallelContext.create(config.parallel.tp, config.parallel.sequence_parallel, "cpu")
+        ctx = ParallelContext.single() if world == 1 else ParallelContext.create(config.parallel, "cpu")
         step_function = loop.train_step
 
         def step_with_kill(*args: Any) -> Any:

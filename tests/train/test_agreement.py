@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megaflow.checkpoint.store import open_checkpoint
+from megaflow.config_parallel import ParallelConfig
 from megaflow.data.sampler.groups import GroupSpec, SourceSpec
 from megaflow.data.sampler.ledger import LedgerEntry, build_sampler
 from megaflow.data.sampler.schedule import ONE, Knot, compile_knots
@@ -23,7 +24,7 @@ from tests.train.runs import MakeConfig, losses, run
 
 def test_ranks_that_differ_are_named_with_the_first_step() -> None:
     def rank_main() -> list[str]:
-        ctx, said = ParallelContext.create(1, False, "cpu"), []
+        ctx, said = ParallelContext.create(ParallelConfig(), "cpu"), []
         for first_wrong in (None, 13, 25):
             check = DigestCheck(ctx)
             for step in range(1, 31):

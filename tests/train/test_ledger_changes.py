@@ -10,6 +10,7 @@ import pytest
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, parse_config, read_yaml
+from megaflow.config_parallel import ParallelConfig
 from megaflow.data.sampler.ledger import LedgerEntry, append_entry, read_ledger, write_ledger
 from megaflow.data.sampler.schedule import Knot, compile_knots
 from megaflow.errors import UserError
@@ -281,7 +282,7 @@ def test_ranks_that_read_different_ledgers_do_not_start(make_config: MakeConfig)
     planned = run_planned(make_config("run"))
 
     def rank_main() -> str:
-        ctx = ParallelContext.create(1, False, "cpu")
+        ctx = ParallelContext.create(ParallelConfig(), "cpu")
         ledger = planned.ledger if ctx.rank else [replace(planned.ledger[0], why="another")]
         with pytest.raises(UserError) as caught:
             compare_ledgers(planned.dir, ledger, ctx)

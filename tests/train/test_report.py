@@ -29,7 +29,7 @@ from tests.distributed import run_ranks
 def run(config: Config, world: int) -> str:
     def rank_main() -> None:
         planned = plan_run(config, torch.device("cpu"))
-        ctx = ParallelContext.single() if world == 1 else ParallelContext.create(config.parallel.tp, False, "cpu")
+        ctx = ParallelContext.single() if world == 1 else ParallelContext.create(config.parallel, "cpu")
         train(planned, ctx)
 
     run_ranks(world, rank_main)

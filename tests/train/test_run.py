@@ -14,6 +14,7 @@ import torch
 from megaflow.checkpoint.store import open_checkpoint
 from megaflow.config import Config
 from megaflow.config_load import parse_config
+from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
 from megaflow.model.flops import num_parameters
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_another_mix_is_refused(make_config: MakeConfig) -> None
 
 def test_a_mistake_on_the_main_rank_is_known_to_all() -> None:
     def rank_main() -> str:
-        ctx = ParallelContext.create(1, False, "cpu")
+        ctx = ParallelContext.create(ParallelConfig(), "cpu")
 
         def fail() -> None:
             raise UserError("no room")
