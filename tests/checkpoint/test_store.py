@@ -173,7 +173,7 @@ def test_reader_assembles_tensors_and_shows_the_manifest(tmp_path: Path) -> None
         checkpoint = open_checkpoint(directory)
         assert checkpoint.names() == sorted(SHAPES)
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in whole(3).items())
-        assert checkpoint.manifest.layout == {"world_size": 4, "dp": 2, "tp": 2}
+        assert checkpoint.manifest.layout == {"world_size": 4, "pp": 1, "dp": 2, "cp": 1, "tp": 2}
         assert checkpoint.manifest.step == 3
 
 
