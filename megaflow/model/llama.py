@@ -16,6 +16,7 @@ from megaflow.kernels.dispatch import Ops
 from megaflow.kernels.rotary import rotary_tables
 from megaflow.parallel.layers import (
     ColumnParallelLinear,
+    DeferredGradients,
     RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
@@ -64,15 +65,17 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention within documents, with rotary positions and grouped key-value heads."""
 
-    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, deferred: DeferredGradients
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.head_dim = config.head_dim
         self.heads = ctx.tp_share(config.num_heads)
         self.kv_heads = ctx.tp_share(config.num_kv_heads)
         width = (config.num_heads + 2 * config.num_kv_heads) * self.head_dim
-        self.qkv = ColumnParallelLinear(config.hidden_size, width, ctx, dtype)
-        self.out = RowParallelLinear(config.hidden_size, config.hidden_size, ctx, dtype)
+        self.qkv = ColumnParallelLinear(config.hidden_size, width, ctx, dtype, deferred)
+        self.out = RowParallelLinear(config.hidden_size, config.hidden_size, ctx, dtype, deferred)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         qkv = self.qkv(x)
@@ -90,11 +93,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward block."""
 
-    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, deferred: DeferredGradients
+    ) -> None:
         super().__init__()
         self.swiglu = ops.swiglu
-        self.gate_up = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, ctx, dtype)
-        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, dtype)
+        self.gate_up = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, ctx, dtype, deferred)
+        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, dtype, deferred)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.swiglu(self.gate_up(x)))
@@ -103,12 +108,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, deferred: DeferredGradients
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config, ctx, ops, dtype)
-        self.attention = Attention(config, ctx, ops, dtype)
+        self.attention = Attention(config, ctx, ops, dtype, deferred)
         self.mlp_norm = RMSNorm(config, ctx, ops, dtype)
-        self.mlp = MLP(config, ctx, ops, dtype)
+        self.mlp = MLP(config, ctx, ops, dtype, deferred)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layout, cache)
@@ -119,16 +126,22 @@ class Head(nn.Module):
     """Final norm and projection to this rank's part of the vocabulary; the projection may be the embedding's weight."""
 
     def __init__(
-        self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, tied: nn.Parameter | None
+        self,
+        config: ModelConfig,
+        ctx: ParallelContext,
+        ops: Ops,
+        dtype: torch.dtype,
+        deferred: DeferredGradients,
+        tied: nn.Parameter | None,
     ) -> None:
         super().__init__()
-        self.ctx = ctx
+        self.ctx, self.deferred = ctx, deferred
         self.norm = RMSNorm(config, ctx, ops, dtype)
         rows = vocabulary_rows(config.vocab_size, ctx.tp)
         self.weight = empty_weight(rows, config.hidden_size, ctx, dtype) if tied is None else tied
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(self.norm(x), self.weight, self.ctx)
+        return column_parallel_linear(self.norm(x), self.weight, self.ctx, self.deferred)
 
 
 class Llama(nn.Module):
@@ -139,10 +152,14 @@ class Llama(nn.Module):
         self.config = config
         self.ctx = ctx
         self.ops = ops
+        self.deferred = DeferredGradients()
+        """Lets a backward pass leave weight gradients for later."""
         self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype)
         # By global layer number, so that a part of the model keeps the names of the whole.
-        self.layers = nn.ModuleDict({str(i): Layer(config, ctx, ops, dtype) for i in range(config.num_layers)})
-        self.head = Head(config, ctx, ops, dtype, self.embed.weight if config.tie_embeddings else None)
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(config, ctx, ops, dtype, self.deferred) for i in range(config.num_layers)}
+        )
+        self.head = Head(config, ctx, ops, dtype, self.deferred, self.embed.weight if config.tie_embeddings else None)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None

@@ -5,7 +5,9 @@ Weights are local and plain; `megaflow.model.placement` says which part of which
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,71 @@ def empty_weight(rows: int, columns: int, parallel: ParallelContext, dtype: torc
     return nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=parallel.device))
 
 
+class Job(NamedTuple):
+    """A weight gradient that was put off; `run` computes it and hands it over."""
+
+    weight: nn.Parameter
+    run: Callable[[], None]
+
+
+class DeferredGradients:
+    """Lets a backward pass compute input gradients only (Qi et al., arXiv 2401.10241).
+
+    A model's linear layers share one. Gradients of norms and embeddings are never put off.
+    """
+
+    def __init__(self) -> None:
+        self.add: Callable[[nn.Parameter, Tensor], None] = _add_to_grad
+        """What takes a weight gradient that a job has computed; at first it is added to `weight.grad`."""
+        self._jobs: list[Job] | None = None
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Job]]:
+        """Puts off the weight gradients of the backward passes inside: each is a job in the list, to be run once."""
+        self._jobs = []
+        try:
+            yield self._jobs
+        finally:
+            self._jobs = None
+
+    @property
+    def collecting(self) -> bool:
+        """Whether weight gradients are put off now."""
+        return self._jobs is not None
+
+    def weight_gradient(self, weight: nn.Parameter, compute: Callable[[], Tensor]) -> Tensor | None:
+        """What a linear layer returns to autograd: the gradient, or None where it is put off."""
+        if self._jobs is None:
+            return compute()
+        self._jobs.append(Job(weight, lambda: self.add(weight, compute())))
+        return None
+
+
+def _add_to_grad(weight: nn.Parameter, grad: Tensor) -> None:
+    weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """The weight gradient `[rows, columns]` from grad `[..., rows]` and x `[..., columns]`."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ weight.T` on this rank alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, deferred: DeferredGradients) -> Tensor:
+        ctx.weight, ctx.deferred = weight, deferred
+        ctx.save_for_backward(x)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, grad = ctx.saved_tensors[0].detach(), grads[0]  # detached: a job must not hold the graph
+        grad_weight = ctx.deferred.weight_gradient(ctx.weight, lambda: _outer(grad, x))
+        return grad @ ctx.weight, grad_weight, None
+
+
 class _ColumnParallel(torch.autograd.Function):
     """`x @ weight.T` with the collective of each direction under a matrix product of the backward pass.
 
@@ -40,53 +107,76 @@ class _ColumnParallel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tensor:
-        ctx.parallel = parallel
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, parallel: ParallelContext, deferred: DeferredGradients
+    ) -> Tensor:
+        ctx.weight, ctx.parallel, ctx.deferred = weight, parallel, deferred
+        ctx.save_for_backward(x)
         whole = all_gather_sequence(x, parallel).wait() if parallel.sequence_parallel else x
         return whole @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        grad, parallel = grads[0], ctx.parallel
-        gathering = all_gather_sequence(x, parallel) if parallel.sequence_parallel else None
-        grad_x = grad @ weight
+        x, grad, parallel = ctx.saved_tensors[0].detach(), grads[0], ctx.parallel
+        now = parallel.sequence_parallel and not ctx.deferred.collecting
+        gathering = all_gather_sequence(x, parallel) if now else None
+        grad_x = grad @ ctx.weight
         reducing = (reduce_scatter_sequence if parallel.sequence_parallel else all_reduce)(grad_x, parallel)
-        whole = gathering.wait() if gathering else x
-        grad_weight = grad.flatten(0, -2).T @ whole.flatten(0, -2)
-        return reducing.wait(), grad_weight, None
+
+        def compute() -> Tensor:
+            if not parallel.sequence_parallel:
+                return _outer(grad, x)
+            return _outer(grad, (gathering or all_gather_sequence(x, parallel)).wait())
+
+        grad_weight = ctx.deferred.weight_gradient(ctx.weight, compute)
+        return reducing.wait(), grad_weight, None, None
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tensor:
+def column_parallel_linear(
+    x: Tensor, weight: nn.Parameter, parallel: ParallelContext, deferred: DeferredGradients
+) -> Tensor:
     """`[S, B, H]` (its part of S under sequence parallelism) times `[rows / tp, H]` gives `[S, B, rows / tp]`."""
     if parallel.tp == 1:
-        return F.linear(x, weight)
-    return _ColumnParallel.apply(x, weight, parallel)
+        return _Linear.apply(x, weight, deferred)
+    return _ColumnParallel.apply(x, weight, parallel, deferred)
 
 
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose output features are cut over tp; takes what `RowParallelLinear` gives."""
 
-    def __init__(self, in_features: int, out_features: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        deferred: DeferredGradients,
+    ) -> None:
         super().__init__()
-        self.parallel = parallel
+        self.parallel, self.deferred = parallel, deferred
         self.weight = empty_weight(parallel.tp_share(out_features), in_features, parallel, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight, self.parallel)
+        return column_parallel_linear(x, self.weight, self.parallel, self.deferred)
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer whose input features are cut over tp: the ranks' partial results are summed."""
 
-    def __init__(self, in_features: int, out_features: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        deferred: DeferredGradients,
+    ) -> None:
         super().__init__()
-        self.parallel = parallel
+        self.parallel, self.deferred = parallel, deferred
         self.weight = empty_weight(out_features, parallel.tp_share(in_features), parallel, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave_tensor_region(F.linear(x, self.weight), self.parallel)
+        return leave_tensor_region(_Linear.apply(x, self.weight, self.deferred), self.parallel)
 
 
 class VocabParallelEmbedding(nn.Module):
