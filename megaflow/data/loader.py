@@ -15,6 +15,7 @@ from megaflow.data.prefetch import Prefetcher
 from megaflow.data.sampler.mix import Sampler
 from megaflow.data.sampler.plan import Ints, StepPlan, count_micro_batches
 from megaflow.data.sources import Source
+from megaflow.data.zigzag import Keys, cut_documents, local_columns
 
 Card = tuple[int, int, int]
 """Card of the step's deck, epoch and window of its source."""
@@ -22,16 +23,18 @@ Card = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B sequences of S tokens.
+    """One micro-batch of B sequences of S tokens, or a context-parallel rank's part of each: S is then its length.
 
     Attributes:
         tokens: [B, S] int32.
         labels: [B, S] int32, the next token, -100 where there is no loss.
         positions: [B, S] int32, restarting at each document.
-        cu_seqlens: [D + 1] int32, document boundaries over the flattened B * S tokens.
-        max_seqlen: longest of those documents, in tokens.
+        cu_seqlens: [D + 1] int32, boundaries of the documents, or of this rank's segments of them, over the flattened
+            B * S tokens.
+        max_seqlen: longest of those, in tokens.
         sources: [B] int64, flat source index of each sequence.
         cards: where each sequence comes from, for logs.
+        keys: under context parallelism, what the segments attend to; None: each document to itself.
     """
 
     tokens: torch.Tensor
@@ -41,6 +44,7 @@ class Batch:
     max_seqlen: int
     sources: torch.Tensor
     cards: list[Card]
+    keys: Keys | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; from pinned memory the copies need not be waited for."""
@@ -53,6 +57,9 @@ class Batch:
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         names = ("tokens", "labels", "positions", "cu_seqlens", "sources")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        if self.keys is not None:
+            cu_seqlens, max_seqlen, index = self.keys
+            changed["keys"] = Keys(change(cu_seqlens), max_seqlen, change(index))
         return replace(self, **changed)
 
 
@@ -92,6 +99,32 @@ def make_batch(
     )
 
 
+def cut_batch(batch: Batch, cp: int, cp_rank: int, memory: torch.Tensor | None = None) -> Batch:
+    """A context-parallel rank's part of a whole batch, in `memory` [3, B, S / cp] if given; with cp 1 the batch itself.
+
+    Raises:
+        ValueError: 2 cp does not divide S.
+    """
+    if cp == 1:
+        return batch
+    early, late = local_columns(batch.tokens.shape[1], cp, cp_rank)
+    whole = (batch.tokens, batch.labels, batch.positions)
+    parts = [
+        torch.cat((tensor[:, early], tensor[:, late]), dim=1, out=None if memory is None else memory[i])
+        for i, tensor in enumerate(whole)
+    ]
+    cu_seqlens, max_seqlen, keys = cut_documents(batch.cu_seqlens.numpy(), len(batch.tokens), cp, cp_rank)
+    return replace(
+        batch,
+        tokens=parts[0],
+        labels=parts[1],
+        positions=parts[2],
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=max_seqlen,
+        keys=keys,
+    )
+
+
 class Loader:
     """One data-parallel rank's micro-batches, step by step, as the sampler plans them.
 
@@ -109,6 +142,7 @@ class Loader:
         prefetch: steps prepared ahead where there are workers.
         last_step: nothing is prepared beyond it.
         pinned: whether tensors are in pinned memory, from which a GPU copies while others work; needs CUDA.
+        cp, cp_rank: context-parallel size and rank, which keeps its part of every sequence.
     """
 
     def __init__(
@@ -123,6 +157,8 @@ class Loader:
         prefetch: int = 2,
         last_step: int | None = None,
         pinned: bool = False,
+        cp: int = 1,
+        cp_rank: int = 0,
     ) -> None:
         self.sampler = sampler
         self.sources = sources
@@ -134,6 +170,8 @@ class Loader:
         self.prefetch = prefetch
         self.last_step = last_step
         self.pinned = pinned
+        self.cp = cp
+        self.cp_rank = cp_rank
         self._prefetcher: Prefetcher[StepPlan, Batch] | None = None
         self._place: tuple[int, int, int] | None = None
 
@@ -164,7 +202,7 @@ class Loader:
         hands = plan.hand(self.dp, count_micro_batches(batch_size, self.dp, self.micro_batch_size), self.dp_rank)
         # one allocation for the whole step: the allocator keeps it for the next one, where of many small ones it gives
         # some back to the system, and page faults then take longer than the reading
-        shape = (len(hands), 3, self.micro_batch_size, self.sources[0].seq_length)
+        shape = (len(hands), 3, self.micro_batch_size, self.sources[0].seq_length // self.cp)
         step_memory = torch.empty(shape, dtype=torch.int32, pin_memory=self.pinned)
         return [partial(self._batch, plan, hand, memory) for hand, memory in zip(hands, step_memory, strict=True)]
 
@@ -172,7 +210,8 @@ class Loader:
         deck = plan.deck
         flat = deck.source[hand].tolist()
         cards = list(zip(hand.tolist(), deck.epoch[hand].tolist(), deck.window[hand].tolist(), strict=True))
-        batch = make_batch(self.sources, flat, cards, self.document_boundaries, memory)
+        whole = make_batch(self.sources, flat, cards, self.document_boundaries, memory if self.cp == 1 else None)
+        batch = cut_batch(whole, self.cp, self.cp_rank, memory)
         return batch.pin() if self.pinned else batch
 
     def close(self) -> None:
@@ -196,8 +235,10 @@ def heldout_batches(
     max_windows: int | None = None,
     document_boundaries: bool = True,
     source: int = 0,
+    cp: int = 1,
+    cp_rank: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's share of the windows of `held` (see `open_heldout`), in order.
+    """This rank's share of the windows of `held` (see `open_heldout`), in order, and its context-parallel part of them.
 
     Windows go round the ranks, the last batch may be smaller. Over all ranks each label of the held-out documents comes
     exactly once (the first `max_windows` windows of them, if given). `source` fills `Batch.sources`.
@@ -207,4 +248,5 @@ def heldout_batches(
     for i in range(0, len(mine), micro_batch_size):
         indices = mine[i : i + micro_batch_size]
         batch = make_batch([held], [0] * len(indices), [(index, 0, index) for index in indices], document_boundaries)
-        yield replace(batch, sources=torch.full((len(indices),), source, dtype=torch.int64))
+        batch = replace(batch, sources=torch.full((len(indices),), source, dtype=torch.int64))
+        yield cut_batch(batch, cp, cp_rank)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megaflow.config import ModelConfig
 from megaflow.kernels.dispatch import Ops
 from megaflow.kernels.rotary import rotary_tables
+from megaflow.parallel.context_parallel import gather_keys_values
 from megaflow.parallel.layers import (
     ColumnParallelLinear,
     DeferredGradients,
@@ -28,6 +29,7 @@ from megaflow.parallel.regions import gather_last_dimension
 
 if TYPE_CHECKING:
     from megaflow.data.loader import Batch
+    from megaflow.data.zigzag import Keys
 
 
 class Layout(NamedTuple):
@@ -36,10 +38,25 @@ class Layout(NamedTuple):
     cos: Tensor
     """Of the rotary angles, fp32 `[T, head_dim / 2]`."""
     sin: Tensor
-    cu_seqlens: Tensor
-    """Edges of the documents, int32 `[D + 1]`."""
-    max_seqlen: int
-    """Length of the longest document."""
+    cu_seqlens_q: Tensor
+    """Edges of the documents, or of this rank's segments of them, int32 `[N + 1]`."""
+    cu_seqlens_k: Tensor
+    """Edges of what each of those attends to."""
+    max_seqlen_q: int
+    """Length of the longest document or segment."""
+    max_seqlen_k: int
+    key_index: Tensor | None
+    """Under context parallelism, where the keys are among all ranks' tokens, int32 `[K]`."""
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, keys: Keys | None = None
+    ) -> Layout:
+        """The layout of tokens at `positions` `[B, S]` that attend to `keys`, or each document to itself."""
+        cos, sin = rotary_tables(positions.flatten(), config.head_dim, config.rope_theta)
+        if keys is None:
+            return cls(cos, sin, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None)
+        return cls(cos, sin, cu_seqlens, keys.cu_seqlens, max_seqlen, keys.max_seqlen, keys.index)
 
 
 class Cache(Protocol):
@@ -69,7 +86,7 @@ class Attention(nn.Module):
         self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, deferred: DeferredGradients
     ) -> None:
         super().__init__()
-        self.ops = ops
+        self.ctx, self.ops = ctx, ops
         self.head_dim = config.head_dim
         self.heads = ctx.tp_share(config.num_heads)
         self.kv_heads = ctx.tp_share(config.num_kv_heads)
@@ -83,8 +100,11 @@ class Attention(nn.Module):
         flat = qkv.transpose(0, 1).reshape(batch * seq_length, -1, self.head_dim)
         q, k, v = flat.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = self.ops.rotary(q, k, layout.cos, layout.sin)
+        if layout.key_index is not None:
+            k, v = gather_keys_values(k, v, layout.key_index, self.ctx)
         if cache is None:
-            mixed = self.ops.attention(q, k, v, layout.cu_seqlens, layout.max_seqlen)
+            edges = layout.cu_seqlens_q, layout.cu_seqlens_k
+            mixed = self.ops.attention(q, k, v, *edges, layout.max_seqlen_q, layout.max_seqlen_k)
         else:
             mixed = cache.attend(self, q, k, v)
         return self.out(mixed.reshape(batch, seq_length, -1).transpose(0, 1))
@@ -161,15 +181,8 @@ class Llama(nn.Module):
         )
         self.head = Head(config, ctx, ops, dtype, self.deferred, self.embed.weight if config.tie_embeddings else None)
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
-    ) -> Tensor:
-        """Logits `[S, B, V_local]` over this rank's part of the padded vocabulary.
-
-        tokens, positions: `[B, S]`; cu_seqlens: int32 `[D + 1]`, edges of the documents in the flat `[B * S]` tokens.
-        """
-        cos, sin = rotary_tables(positions.flatten(), self.config.head_dim, self.config.rope_theta)
-        layout = Layout(cos, sin, cu_seqlens, max_seqlen)
+    def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """Logits `[S, B, V_local]` of tokens `[B, S]` over this rank's part of the padded vocabulary."""
         x = self.embed(tokens.T)
         for layer in self.layers.values():
             x = layer(x, layout, cache)
@@ -177,7 +190,8 @@ class Llama(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of every token, fp32 `[B, S]`, 0 where the label is -100."""
-        logits = self(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        layout = Layout.of(self.config, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.keys)
+        logits = self(batch.tokens, layout)
         seq_length, sequences, width = logits.shape
         losses = self.ops.cross_entropy(
             logits.view(-1, width),
@@ -191,8 +205,11 @@ class Llama(nn.Module):
     def logits(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
     ) -> Tensor:
-        """Logits `[B, S, V]` over the true vocabulary, whole on every rank; with tp > 1 they carry no gradient."""
-        local = self(tokens, positions, cu_seqlens, max_seqlen, cache)
+        """Logits `[B, S, V]` over the true vocabulary, whole on every rank; with tp > 1 they carry no gradient.
+
+        tokens, positions: `[B, S]`; cu_seqlens: int32 `[D + 1]`, edges of the documents in the flat `[B * S]` tokens.
+        """
+        local = self(tokens, Layout.of(self.config, positions, cu_seqlens, max_seqlen), cache)
         return gather_last_dimension(local, self.ctx)[..., : self.config.vocab_size].transpose(0, 1)
 
     def without_sequence_parallel(self) -> Llama:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaflow.parallel import collectives
 from megaflow.parallel.mesh import ParallelContext
 
 
@@ -36,18 +37,13 @@ def all_reduce(x: Tensor, ctx: ParallelContext) -> Pending:
 def all_gather_sequence(x: Tensor, ctx: ParallelContext) -> Pending:
     """Start putting the ranks' parts `[S / tp, ...]` together to `[S, ...]`."""
     out = x.new_empty(ctx.tp * x.shape[0], *x.shape[1:])
-    return Pending(out, _all_gather(out, x.contiguous(), group=ctx.tp_group, async_op=True))
+    return Pending(out, collectives.all_gather(out, x.contiguous(), group=ctx.tp_group, async_op=True))
 
 
 def reduce_scatter_sequence(x: Tensor, ctx: ParallelContext) -> Pending:
     """Start summing x `[S, ...]` over the ranks, each of which keeps its part `[S / tp, ...]`."""
     out = x.new_empty(ctx.tp_share(x.shape[0]), *x.shape[1:])
-    return Pending(out, _reduce_scatter(out, x.contiguous(), group=ctx.tp_group, async_op=True))
-
-
-# torch 2.13 renames the two collectives and deprecates the names that 2.11 has.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    return Pending(out, collectives.reduce_scatter(out, x.contiguous(), group=ctx.tp_group, async_op=True))
 
 
 class _ReduceFromTensorRegion(torch.autograd.Function):

@@ -88,7 +88,7 @@ def test_attention_stays_inside_documents(backend: str, lengths: list[int], head
     edges = torch.tensor([0, *lengths]).cumsum(0).int()
     weight = torch.randn(total, heads[0], 8)
 
-    out = getattr(attention, backend)(*inputs, edges, max(lengths))
+    out = getattr(attention, backend)(*inputs, edges, edges, max(lengths), max(lengths))
     grads = torch.autograd.grad((out * weight).sum(), inputs)
     expected = separate_attention(*inputs, lengths)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
@@ -108,7 +108,7 @@ def test_varlen_attention(lengths: list[int], heads: tuple[int, int]) -> None:
         for n in (heads[0], heads[1], heads[1])
     ]
     edges = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    out = attention.varlen(*inputs, edges, max(lengths))
+    out = attention.varlen(*inputs, edges, edges, max(lengths), max(lengths))
     grads = torch.autograd.grad(out.float().square().sum(), inputs)
     expected = separate_attention(*inputs, lengths)
     expected_grads = torch.autograd.grad(expected.square().sum(), inputs)

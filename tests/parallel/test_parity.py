@@ -17,7 +17,7 @@ from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch
 from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
-from megaflow.parallel import regions
+from megaflow.parallel import collectives
 from megaflow.parallel.gradients import FlatParameters, GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.step import train_step
@@ -155,8 +155,8 @@ TAKEN_OUT = [
     ("tp2+sp", "VocabParallelEmbedding.forward"),
     ("tp2+sp", "RowParallelLinear.forward"),
     ("tp2+sp", "_ColumnParallel.forward"),
-    ("tp2+sp", "_ColumnParallel.backward/_all_gather"),
-    ("tp2+sp", "_ColumnParallel.backward/_reduce_scatter"),
+    ("tp2+sp", "_ColumnParallel.backward/all_gather_single"),
+    ("tp2+sp", "_ColumnParallel.backward/reduce_scatter_single"),
     ("tp2+sp", "_CrossEntropy.forward"),
     ("tp2+sp", "GradientBuffer.reduce"),
     ("tp2+sp", "train_step"),
@@ -201,5 +201,5 @@ def take_out(target: str) -> None:
 
     dist.all_reduce = only_local("all_reduce", dist.all_reduce, lambda x: None)
     dist.all_gather = only_local("all_gather", dist.all_gather, gather_list)
-    regions._all_gather = only_local("_all_gather", regions._all_gather, gather)
-    regions._reduce_scatter = only_local("_reduce_scatter", regions._reduce_scatter, scatter)
+    collectives.all_gather = only_local("all_gather_single", collectives.all_gather, gather)
+    collectives.reduce_scatter = only_local("reduce_scatter_single", collectives.reduce_scatter, scatter)
