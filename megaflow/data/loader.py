@@ -58,8 +58,8 @@ class Batch:
         names = ("tokens", "labels", "positions", "cu_seqlens", "sources")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         if self.keys is not None:
-            cu_seqlens, max_seqlen, index = self.keys
-            changed["keys"] = Keys(change(cu_seqlens), max_seqlen, change(index))
+            moved = {name: change(getattr(self.keys, name)) for name in ("cu_seqlens", "index")}
+            changed["keys"] = replace(self.keys, **moved)
         return replace(self, **changed)
 
 

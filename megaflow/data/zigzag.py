@@ -7,7 +7,7 @@ one part are a segment; it attends to its document from the start up to the segm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import torch
 from megaflow.data.packing import Int64Array, cumulative_lengths
 
 
-class Keys(NamedTuple):
+@dataclass(frozen=True)
+class Keys:
     """What a rank's segments attend to, packed segment after segment out of the keys of all context-parallel ranks.
 
     A key is in at most two segments, one in each of the rank's parts.
@@ -44,7 +45,7 @@ def local_columns(seq_length: int, cp: int, cp_rank: int) -> tuple[slice, slice]
 
 
 def cut_documents(
-    edges: npt.NDArray[np.int32], sequences: int, cp: int, cp_rank: int
+    edges: npt.NDArray[np.integer], sequences: int, cp: int, cp_rank: int
 ) -> tuple[npt.NDArray[np.int32], int, Keys]:
     """A rank's segments, given the edges `[D + 1]` of the documents in B sequences laid one after the other.
 
@@ -52,6 +53,7 @@ def cut_documents(
         [N + 1] edges of the segments in the rank's own tokens, which lie sequence after sequence too; the longest
         segment; the keys.
     """
+    edges = edges.astype(np.int64)
     part = int(edges[-1]) // (sequences * 2 * cp)
     own_parts = np.array([cp_rank, 2 * cp - 1 - cp_rank])
     starts = part * (2 * cp * np.arange(sequences)[:, None] + own_parts).ravel()

@@ -24,7 +24,7 @@ def evaluate(
     Bits per byte are bits per token with loss times tokens with loss per byte of text with loss, the latter over the
     whole held-out corpus. Sources without held-out documents (None) are left out. Equal on every rank.
     """
-    totals = SourceTotals(len(heldouts), ctx.device)
+    totals = SourceTotals(len(heldouts), ctx)
     for index, held in enumerate(heldouts):
         if held is None:
             continue
@@ -36,6 +36,8 @@ def evaluate(
             config.train.eval_sequences,
             config.data.document_boundaries,
             index,
+            ctx.cp,
+            ctx.cp_rank,
         )
         for batch in batches:
             batch = batch.to(ctx.device)

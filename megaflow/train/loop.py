@@ -37,7 +37,7 @@ def build(run: Run, ctx: ParallelContext) -> tuple[Llama, GradientBuffer, TrainS
     parameters = FlatParameters(model)
     gradients = GradientBuffer(parameters, ctx)
     optimizer = AdamW(config.optim, parameters.flat, gradients.flat, parameters.decay_numel)
-    totals = SourceTotals(len(run.sources), ctx.device)
+    totals = SourceTotals(len(run.sources), ctx)
     return model, gradients, TrainState(run, placement(config.model, ctx), parameters, optimizer, totals)
 
 
@@ -90,7 +90,8 @@ def train(run: Run, ctx: ParallelContext) -> None:
         return
 
     report = begin(run, state, ctx)
-    samples = SampleLog(run.dir, sampler.step, ctx) if config.train.log_samples and ctx.tp_rank == 0 else None
+    writes_samples = config.train.log_samples and ctx.pp_rank == ctx.cp_rank == ctx.tp_rank == 0
+    samples = SampleLog(run.dir, sampler.step, ctx) if writes_samples else None
     digests, stopping = DigestCheck(ctx), False
     with closing(report), make_loader(run, ctx) as loader:
         while sampler.step < config.train.steps and not stopping:
@@ -136,6 +137,8 @@ def make_loader(run: Run, ctx: ParallelContext) -> Loader:
         prefetch=data.prefetch,
         last_step=config.train.steps,
         pinned=ctx.device.type == "cuda",
+        cp=ctx.cp,
+        cp_rank=ctx.cp_rank,
     )
 
 

@@ -21,11 +21,13 @@ LOSS, LOSS_TOKENS, SEQUENCES = range(3)
 class SourceTotals:
     """Sums per source over micro-batches: loss (nats), tokens with loss, sequences.
 
+    Loss and tokens are those of this rank; a sequence that context-parallel ranks share is counted by the first.
     `values` is `[sources, 3]` fp64 on the training device, so adding never waits for the host.
     """
 
-    def __init__(self, num_sources: int, device: torch.device) -> None:
-        self.values = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)
+    def __init__(self, num_sources: int, ctx: ParallelContext) -> None:
+        self.values = torch.zeros(num_sources, 3, dtype=torch.float64, device=ctx.device)
+        self.counted = float(ctx.cp_rank == 0)
 
     def add(self, losses: Tensor, batch: Batch) -> None:
         """Adds one micro-batch; `losses` are per token `[B, S]`, 0 where there is no loss."""
@@ -33,16 +35,16 @@ class SourceTotals:
             [
                 losses.sum(dim=1, dtype=torch.float64),
                 (batch.labels >= 0).sum(dim=1).double(),
-                torch.ones(len(losses), dtype=torch.float64, device=losses.device),
+                torch.full((len(losses),), self.counted, dtype=torch.float64, device=losses.device),
             ],
             dim=1,
         )
         self.values.index_add_(0, batch.sources, rows)
 
     def reduce(self, ctx: ParallelContext) -> None:
-        """Sums over data-parallel ranks: one all-reduce for every source's loss and counts."""
-        if ctx.dp > 1:
-            dist.all_reduce(self.values, group=ctx.group("dp"))
+        """Sums over data- and context-parallel ranks: one all-reduce for every source's loss and counts."""
+        if ctx.data > 1:
+            dist.all_reduce(self.values, group=ctx.group("data"))
 
 
 def mean_loss(row: list[float]) -> float | None:

@@ -48,7 +48,7 @@ def train_step(
     micro-batch they fell to: gradients are summed undivided, and the division joins the clip factor.
     """
     gradients.zero()
-    totals = SourceTotals(num_sources, ctx.device)
+    totals = SourceTotals(num_sources, ctx)
     for batch in batches:
         losses = model.loss(batch)
         losses.sum().backward()
@@ -60,10 +60,10 @@ def train_step(
     # fp64 sum of squares over tensor-parallel ranks; the request to stop travels with it
     agreed = torch.stack([gradients.squared_norm().double(), torch.tensor(float(stop)).double().to(ctx.device)])
     if ctx.world_size > 1:
-        # every data-parallel rank adds the same norm, so the sum over all ranks is dp times it
+        # every rank of a data group adds the same norm, so the sum over all ranks is that many times it
         dist.all_reduce(agreed)
     loss_tokens = totals.values[:, LOSS_TOKENS].sum().clamp(min=1)
-    grad_norm = ((agreed[0] / ctx.dp).sqrt() / loss_tokens).float()
+    grad_norm = ((agreed[0] / ctx.data).sqrt() / loss_tokens).float()
     skipped = (~torch.isfinite(grad_norm)).float()
     scale = clip_scale(grad_norm, clip) / loss_tokens.float()
     optimizer.step(lr, scale, skipped)
