@@ -6,6 +6,7 @@ Everything is linear in the number of actions.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,14 +101,16 @@ class Timeline:
         return sum(end - start for start, end in zip(self.starts[rank], self.ends[rank], strict=True))
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs | Sequence[Costs] | None = None) -> Timeline:
     """Runs every action as early as its rank and what it depends on allow.
+
+    `costs` are those of every chunk, or of each one, from the first layers to the last.
 
     Raises:
         ScheduleError: when the schedule does not pass `check`, or its ranks wait for each other.
     """
     check(schedule)
-    costs = costs or Costs()
+    each = costs if isinstance(costs, Sequence) else [costs or Costs()] * len(schedule.owners)
     arrived: dict[tuple[str, int, int], float] = {}  # when (phase, micro-batch, chunk) has its input from its neighbour
     starts: list[list[float]] = [[] for _ in schedule.ranks]
     ends: list[list[float]] = [[] for _ in schedule.ranks]
@@ -126,11 +129,11 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
                 ready = found
             start = max(ready, ends[rank][-1]) if ends[rank] else ready
             starts[rank].append(start)
-            ends[rank].append(start + costs.of(action.kind))
+            ends[rank].append(start + each[action.chunk].of(action.kind))
             target = _target(schedule, action)
             if phase is not None and target is not None:
                 owner = schedule.owners[target]
-                latency = costs.communication if owner != rank else 0
+                latency = each[action.chunk].communication if owner != rank else 0
                 arrived[phase, action.micro_batch, target] = ends[rank][-1] + latency
                 if owner != rank:
                     runnable.append(owner)
