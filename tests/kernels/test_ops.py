@@ -117,6 +117,71 @@ def test_varlen_attention(lengths: list[int], heads: tuple[int, int]) -> None:
         assert float((grad.double() - want).norm()) < 1e-2 * (1 + float(want.norm()))
 
 
+SEGMENTS = [
+    [(3, 3)],
+    [(1, 7), (4, 9), (5, 5)],
+    [(1, 1), (1, 2), (6, 7), (8, 8), (2, 20)],
+]
+"""Queries and keys; the queries are the end of the keys."""
+
+
+def separate_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pairs: list[tuple[int, int]]) -> torch.Tensor:
+    """The ends of documents whose other queries are nobody's."""
+    outputs, at_q, at_k = [], 0, 0
+    for queries, keys in pairs:
+        own, whole = slice(at_q, at_q + queries), slice(at_k, at_k + keys)
+        others = q.new_zeros(keys - queries, *q.shape[1:])
+        outputs.append(separate_attention(torch.cat((others, q[own])), k[whole], v[whole], [keys])[keys - queries :])
+        at_q, at_k = at_q + queries, at_k + keys
+    return torch.cat(outputs)
+
+
+def segment_edges(pairs: list[tuple[int, int]], device: str = "cpu") -> list[torch.Tensor]:
+    """Edges of queries and of keys."""
+    return [torch.tensor([0, *lengths], device=device).cumsum(0).int() for lengths in zip(*pairs, strict=True)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("pairs", SEGMENTS)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_attention_of_segments_that_end_their_keys(
+    backend: str, pairs: list[tuple[int, int]], heads: tuple[int, int]
+) -> None:
+    longest = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    edges = segment_edges(pairs)
+    queries, keys = (int(edge[-1]) for edge in edges)
+    shapes = (queries, heads[0], 8), (keys, heads[1], 8), (keys, heads[1], 8)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight = torch.randn(queries, heads[0], 8)
+
+    out = getattr(attention, backend)(*inputs, *edges, *longest)
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    expected = separate_segments(*inputs, pairs)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+
+    assert close(out, expected)
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert float((grad - want).norm()) < 5e-6 * (1 + float(want.norm()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("pairs", SEGMENTS)
+def test_varlen_attention_of_segments(pairs: list[tuple[int, int]], heads: tuple[int, int]) -> None:
+    longest = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    edges = segment_edges(pairs, "cuda")
+    queries, keys = (int(edge[-1]) for edge in edges)
+    shapes = (queries, heads[0], 64), (keys, heads[1], 64), (keys, heads[1], 64)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    out = attention.varlen(*inputs, *edges, *longest)
+    grads = torch.autograd.grad(out.float().square().sum(), inputs)
+    expected = separate_segments(*inputs, pairs)
+    expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
+    assert distance(out, expected) < 3.5e-3
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert float((grad.double() - want).norm()) < 1e-2 * (1 + float(want.norm()))
+
+
 @pytest.mark.parametrize(("new", "old"), [(1, 0), (1, 6), (5, 0), (3, 4)])
 def test_cached_attention_is_the_end_of_the_whole(new: int, old: int) -> None:
     q, k, v = (torch.randn(old + new, n, 8) for n in (4, 2, 2))
