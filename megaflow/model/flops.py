@@ -20,11 +20,19 @@ def flops_per_token(config: ModelConfig, seq_length: int, causal: bool) -> int:
     is really multiplied: six per weight of a matrix product (no embedding look-up, no norm), and the half of the
     attention that a causal mask leaves. Recomputation counts in neither.
     """
-    attention = 12 * config.num_layers * config.hidden_size * seq_length
     if not causal:
-        return 6 * num_parameters(config) + attention
-    matrices = config.num_layers * _layer_matrices(config) + config.vocab_size * config.hidden_size
-    return 6 * matrices + attention // 2
+        return 6 * num_parameters(config) + 12 * config.num_layers * config.hidden_size * seq_length
+    return 3 * (config.num_layers * layer_flops(config, seq_length) + head_flops(config))
+
+
+def layer_flops(config: ModelConfig, seq_length: int) -> int:
+    """Operations of one layer's forward pass per token, with the half of the attention that a causal mask leaves."""
+    return 2 * _layer_matrices(config) + 2 * config.hidden_size * seq_length
+
+
+def head_flops(config: ModelConfig) -> int:
+    """Operations of the output head's forward pass per token."""
+    return 2 * config.vocab_size * config.hidden_size
 
 
 def _layer_matrices(config: ModelConfig) -> int:

@@ -30,7 +30,7 @@ def initialise(model: Llama, seed: int, into: Mapping[str, Tensor] | None = None
     """
     config = model.config
     parameters = into or dict(model.named_parameters())
-    for parameter, pieces in placement(config, model.ctx).items():
+    for parameter, pieces in placement(config, model.ctx, model.chunks).items():
         for piece in pieces:
             target = parameters[parameter][piece.local_slices()]
             if len(piece.global_shape) == 1:
@@ -51,7 +51,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def copy_weights(model: Llama, read: Callable[[str], Tensor]) -> None:
     """Fill the model from whole canonical tensors, fetched by name one at a time."""
     parameters = dict(model.named_parameters())
-    for parameter, pieces in placement(model.config, model.ctx).items():
+    for parameter, pieces in placement(model.config, model.ctx, model.chunks).items():
         for piece in pieces:
             parameters[parameter][piece.local_slices()].copy_(read(piece.name)[piece.global_slices()])
 
@@ -71,7 +71,7 @@ def load_hf_weights(model: Llama, directory: str | Path, into: Mapping[str, Tens
         table = placement(model.config, model.ctx)
         _check_names(directory, set(tensors), {piece.name for pieces in table.values() for piece in pieces})
         parameters = into or dict(model.named_parameters())
-        for parameter, pieces in table.items():
+        for parameter, pieces in placement(model.config, model.ctx, model.chunks).items():
             for piece in pieces:
                 source = tensors[piece.name].get_slice(piece.name)
                 shape = tuple(source.get_shape())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megaflow.config import ModelConfig
 from megaflow.kernels.dispatch import Ops
 from megaflow.kernels.rotary import rotary_tables
+from megaflow.model.chunks import Chunks, whole_model
 from megaflow.parallel.context_parallel import gather_keys_values
 from megaflow.parallel.layers import (
     ColumnParallelLinear,
@@ -158,6 +159,7 @@ class Head(nn.Module):
         self.ctx, self.deferred = ctx, deferred
         self.norm = RMSNorm(config, ctx, ops, dtype)
         rows = vocabulary_rows(config.vocab_size, ctx.tp)
+        self.vocab_start = rows * ctx.tp_rank
         self.weight = empty_weight(rows, config.hidden_size, ctx, dtype) if tied is None else tied
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,42 +167,79 @@ class Head(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA-2 model, or this rank's part of one. Weights are zero until `init.initialise` or a checkpoint."""
+    """A LLaMA-2 model, or this rank's part of one. Weights are zero until `init.initialise` or a checkpoint.
 
-    def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
+    `chunks`: the parts of the model's depth that it has, all of it by default. Where embeddings are tied and only the
+    head is here, it has a copy of the embedding.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ctx: ParallelContext,
+        ops: Ops,
+        dtype: torch.dtype = torch.float32,
+        chunks: Chunks | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.ctx = ctx
         self.ops = ops
+        self.dtype = dtype
+        self.chunks = whole_model(config) if chunks is None else chunks
         self.deferred = DeferredGradients()
         """Lets a backward pass leave weight gradients for later."""
-        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype)
+        tied = None
+        if any(chunk.embed for chunk in self.chunks.values()):
+            self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype)
+            tied = self.embed.weight if config.tie_embeddings else None
         # By global layer number, so that a part of the model keeps the names of the whole.
-        self.layers = nn.ModuleDict(
-            {str(i): Layer(config, ctx, ops, dtype, self.deferred) for i in range(config.num_layers)}
-        )
-        self.head = Head(config, ctx, ops, dtype, self.deferred, self.embed.weight if config.tie_embeddings else None)
+        numbers = [number for chunk in self.chunks.values() for number in chunk.layers]
+        self.layers = nn.ModuleDict({str(i): Layer(config, ctx, ops, dtype, self.deferred) for i in numbers})
+        if any(chunk.head for chunk in self.chunks.values()):
+            self.head = Head(config, ctx, ops, dtype, self.deferred, tied)
 
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """Logits `[S, B, V_local]` of tokens `[B, S]` over this rank's part of the padded vocabulary."""
-        x = self.embed(tokens.T)
-        for layer in self.layers.values():
-            x = layer(x, layout, cache)
-        return self.head(x)
+        """Logits `[S, B, V_local]` of tokens `[B, S]` over this rank's part of the padded vocabulary; whole models."""
+        x = tokens.T
+        for number in self.chunks:
+            x = self.run_chunk(number, x, layout, cache)
+        return x
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy of every token, fp32 `[B, S]`, 0 where the label is -100."""
-        layout = Layout.of(self.config, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.keys)
-        logits = self(batch.tokens, layout)
+    def run_chunk(self, number: int, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """A chunk's output `[S, B, H]` (this rank's part of S under sequence parallelism), or the last one's logits.
+
+        x: the output of the chunk before; for the first one, tokens `[S, B]`.
+        """
+        chunk = self.chunks[number]
+        if chunk.embed:
+            x = self.embed(x)
+        for i in chunk.layers:
+            x = self.layers[str(i)](x, layout, cache)
+        return self.head(x) if chunk.head else x
+
+    def layout(self, batch: Batch) -> Layout:
+        """What the layers need to know of a micro-batch."""
+        return Layout.of(self.config, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.keys)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of every token, fp32 `[B, S]`, 0 where the label `[B, S]` is -100.
+
+        The backward pass overwrites the logits `[S, B, V_local]`.
+        """
         seq_length, sequences, width = logits.shape
         losses = self.ops.cross_entropy(
             logits.view(-1, width),
-            batch.labels.T.flatten(),
-            self.embed.vocab_start,
+            labels.T.flatten(),
+            self.head.vocab_start,
             self.config.vocab_size,
             self.ctx.tp_group if self.ctx.tp > 1 else None,
         )
         return losses.view(seq_length, sequences).T
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The losses `[B, S]` of a micro-batch; for whole models."""
+        return self.losses(self(batch.tokens, self.layout(batch)), batch.labels)
 
     def logits(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
@@ -217,6 +256,6 @@ class Llama(nn.Module):
         if not self.ctx.sequence_parallel:
             return self
         meta = replace(self.ctx, sequence_parallel=False, device=torch.device("meta"))
-        twin = Llama(self.config, meta, self.ops)
+        twin = Llama(self.config, meta, self.ops, self.dtype, self.chunks)
         twin.load_state_dict(self.state_dict(), assign=True)
         return twin

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaflow.config import ModelConfig
+from megaflow.model.chunks import Chunks, whole_model
 from megaflow.parallel.layers import vocabulary_rows
 from megaflow.parallel.mesh import ParallelContext
 
@@ -45,27 +46,37 @@ Placement = dict[str, list[Piece]]
 """Local parameter name -> its pieces."""
 
 
-def placement(config: ModelConfig, ctx: ParallelContext) -> Placement:
-    """Every local parameter's pieces, in the order of the model's parameters."""
+def placement(config: ModelConfig, ctx: ParallelContext, chunks: Chunks | None = None) -> Placement:
+    """The pieces of every local parameter of a rank that holds these chunks, or the whole depth."""
+    parts = (whole_model(config) if chunks is None else chunks).values()
+    embed, head = any(chunk.embed for chunk in parts), any(chunk.head for chunk in parts)
+    table = {"embed.weight": _vocabulary("model.embed_tokens.weight", config, ctx)} if embed else {}
+    for chunk in parts:
+        for i in chunk.layers:
+            table |= _layer(i, config, ctx)
+    if head:
+        table["head.norm.weight"] = _replicated("model.norm.weight", config.hidden_size)
+    if head and not config.tie_embeddings:
+        table["head.weight"] = _vocabulary("lm_head.weight", config, ctx)
+    elif head and not embed:
+        table["head.weight"] = _vocabulary("model.embed_tokens.weight", config, ctx)
+    return table
+
+
+def _layer(i: int, config: ModelConfig, ctx: ParallelContext) -> Placement:
     hidden, feed_forward = config.hidden_size, config.intermediate_size
     kv = config.num_kv_heads * config.head_dim
-    table = {"embed.weight": _vocabulary("model.embed_tokens.weight", config, ctx)}
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        qkv = [(f"{theirs}.self_attn.{p}_proj.weight", rows) for p, rows in (("q", hidden), ("k", kv), ("v", kv))]
-        gate_up = [(f"{theirs}.mlp.{p}_proj.weight", feed_forward) for p in ("gate", "up")]
-        table |= {
-            f"{ours}.attention_norm.weight": _replicated(f"{theirs}.input_layernorm.weight", hidden),
-            f"{ours}.attention.qkv.weight": _rows(qkv, hidden, ctx),
-            f"{ours}.attention.out.weight": _columns(f"{theirs}.self_attn.o_proj.weight", hidden, hidden, ctx),
-            f"{ours}.mlp_norm.weight": _replicated(f"{theirs}.post_attention_layernorm.weight", hidden),
-            f"{ours}.mlp.gate_up.weight": _rows(gate_up, hidden, ctx),
-            f"{ours}.mlp.down.weight": _columns(f"{theirs}.mlp.down_proj.weight", hidden, feed_forward, ctx),
-        }
-    table["head.norm.weight"] = _replicated("model.norm.weight", hidden)
-    if not config.tie_embeddings:
-        table["head.weight"] = _vocabulary("lm_head.weight", config, ctx)
-    return table
+    ours, theirs = f"layers.{i}", f"model.layers.{i}"
+    qkv = [(f"{theirs}.self_attn.{p}_proj.weight", rows) for p, rows in (("q", hidden), ("k", kv), ("v", kv))]
+    gate_up = [(f"{theirs}.mlp.{p}_proj.weight", feed_forward) for p in ("gate", "up")]
+    return {
+        f"{ours}.attention_norm.weight": _replicated(f"{theirs}.input_layernorm.weight", hidden),
+        f"{ours}.attention.qkv.weight": _rows(qkv, hidden, ctx),
+        f"{ours}.attention.out.weight": _columns(f"{theirs}.self_attn.o_proj.weight", hidden, hidden, ctx),
+        f"{ours}.mlp_norm.weight": _replicated(f"{theirs}.post_attention_layernorm.weight", hidden),
+        f"{ours}.mlp.gate_up.weight": _rows(gate_up, hidden, ctx),
+        f"{ours}.mlp.down.weight": _columns(f"{theirs}.mlp.down_proj.weight", hidden, feed_forward, ctx),
+    }
 
 
 def _replicated(name: str, size: int) -> list[Piece]:
