@@ -20,15 +20,7 @@ from megaflow.parallel.regions import (
     leave_tensor_region,
     reduce_scatter_sequence,
 )
-
-VOCAB_MULTIPLE = 64
-"""Each rank's vocabulary rows are padded to a multiple of this, for the matrix units."""
-
-
-def vocabulary_rows(vocab_size: int, tp: int) -> int:
-    """Rows of the vocabulary that each of `tp` ranks holds, padding included."""
-    return -(-vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE
-
+from megaflow.parallel.vocabulary import vocabulary_rows
 
 def empty_weight(rows: int, columns: int, parallel: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
     """A weight on the rank's device: zeros, because padding rows of a vocabulary are never filled."""
