@@ -22,6 +22,7 @@ from megaflow.parallel.regions import (
 )
 from megaflow.parallel.vocabulary import vocabulary_rows
 
+
 def empty_weight(rows: int, columns: int, parallel: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
     """A weight on the rank's device: zeros, because padding rows of a vocabulary are never filled."""
     return nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=parallel.device))
