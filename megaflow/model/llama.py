@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megaflow.config import ModelConfig
 from megaflow.kernels.dispatch import Ops
 from megaflow.kernels.rotary import rotary_tables
+from megaflow.model.recompute import Call, Recompute, plain, recomputed
 from megaflow.model.chunks import Chunks, whole_model
 from megaflow.parallel.context_parallel import gather_keys_values
 from megaflow.parallel.layers import (
@@ -95,24 +96,32 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(config.hidden_size, width, ctx, dtype, deferred)
         self.out = RowParallelLinear(config.hidden_size, config.hidden_size, ctx, dtype, deferred)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        qkv = self.qkv(x)
+    def forward(self, qkv: Tensor, layout: Layout, cache: Cache | None, call: Call) -> Tensor:
+        """From what `self.qkv` gives, `[S, B, (heads + 2 kv_heads) head_dim / tp]`, to `self.out`'s result."""
         seq_length, batch, _ = qkv.shape
-        flat = qkv.transpose(0, 1).reshape(batch * seq_length, -1, self.head_dim)
-        q, k, v = flat.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self.ops.rotary(q, k, layout.cos, layout.sin)
-        if layout.key_index is not None:
-            k, v = gather_keys_values(k, v, layout.key_index, self.ctx)
-        if cache is None:
-            edges = layout.cu_seqlens_q, layout.cu_seqlens_k
-            mixed = self.ops.attention(q, k, v, *edges, layout.max_seqlen_q, layout.max_seqlen_k)
-        else:
-            mixed = cache.attend(self, q, k, v)
-        return self.out(mixed.reshape(batch, seq_length, -1).transpose(0, 1))
+
+        def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            flat = qkv.transpose(0, 1).reshape(batch * seq_length, -1, self.head_dim)
+            q, k, v = flat.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            return *self.ops.rotary(q, k, layout.cos, layout.sin), v
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is None:
+                edges = layout.cu_seqlens_q, layout.cu_seqlens_k
+                mixed = self.ops.attention(q, k, v, *edges, layout.max_seqlen_q, layout.max_seqlen_k)
+            else:
+                mixed = cache.attend(self, q, k, v)
+            return mixed.reshape(batch, seq_length, -1).transpose(0, 1)
+
+        if layout.key_index is None:
+            return call(lambda qkv: mix(*split(qkv)), self.out, qkv)
+        q, k, v = split(qkv)
+        # outside the call: what it makes again is without a collective
+        return call(mix, self.out, q, *gather_keys_values(k, v, layout.key_index, self.ctx))
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block."""
+    """The parts of the SwiGLU feed-forward block `down(swiglu(gate_up(x)))`."""
 
     def __init__(
         self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype, deferred: DeferredGradients
@@ -121,9 +130,6 @@ class MLP(nn.Module):
         self.swiglu = ops.swiglu
         self.gate_up = ColumnParallelLinear(config.hidden_size, 2 * config.intermediate_size, ctx, dtype, deferred)
         self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, ctx, dtype, deferred)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.swiglu(self.gate_up(x)))
 
 
 class Layer(nn.Module):
@@ -137,10 +143,25 @@ class Layer(nn.Module):
         self.attention = Attention(config, ctx, ops, dtype, deferred)
         self.mlp_norm = RMSNorm(config, ctx, ops, dtype)
         self.mlp = MLP(config, ctx, ops, dtype, deferred)
+        self.recompute: Recompute = "none"
+        """What the backward pass computes again; see `recompute_layers`."""
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        attention, mlp = self.attention, self.mlp
+        call = recomputed if self.recompute == "selective" else plain
+
+        def up(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x + attention(call(self.attention_norm, attention.qkv, x), layout, cache, call)
+            return x, call(self.mlp_norm, mlp.gate_up, x)
+
+        def hidden(x: Tensor) -> tuple[Tensor, Tensor]:
+            x, gate_up = up(x)
+            return x, mlp.swiglu(gate_up)
+
+        if self.recompute == "full":  # the last product's result is nobody's input here: it is not computed again
+            return recomputed(hidden, lambda x, activated: x + mlp.down(activated), x)
+        x, gate_up = up(x)
+        return x + call(mlp.swiglu, mlp.down, gate_up)
 
 
 class Head(nn.Module):
