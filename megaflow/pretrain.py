@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import os
 import signal
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from megaflow.train.run import Run
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +63,13 @@ def prepare(config: Config) -> tuple[Run, torch.device]:
     return plan_run(config, device), device
 
 
+def leave_with_launcher() -> None:
+    """Asks Linux to kill this process when torchrun dies, so that no rank goes on beside those of the next launch."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def join_and_train(run: Run, device: torch.device) -> None:
     """Joins the process group, where there is more than one process, and trains."""
     import torch
@@ -81,6 +91,7 @@ def join_and_train(run: Run, device: torch.device) -> None:
 
 
 def main() -> int:
+    leave_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
     # until they join, the processes of a machine read the same arguments and files: one of them speaks
     speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
