@@ -17,8 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -145,20 +144,13 @@ def as_user_error(what: str, failure: CheckpointException) -> UserError:
     raise failure
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without DCP's remark that there is no process group, which is how one process works."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 class CheckpointStore:
-    """Saves and loads the checkpoints of a run; every method is called by all ranks together.
+    """Saves and loads the checkpoints of a run; every method is called by all ranks together, also from a thread.
 
     Args:
         directory: where checkpoints live; made when missing. Unfinished work of an earlier process is removed.
-        ctx: this rank's place, whose default process group carries the messages; None for one process.
+        ctx: this rank's place; None for one process. Messages go over a gloo group of the store's own, so that they
+            never cross those of training.
         keep: newest checkpoints kept, at least 2: one that goes bad must leave another.
     """
 
@@ -169,6 +161,9 @@ class CheckpointStore:
         self.rank, self.world_size = (ctx.rank, ctx.world_size) if ctx else (0, 1)
         self.layout = ctx.layout if ctx else {"world_size": 1}
         self.keep = keep
+        self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        # for good: what `warnings` restores after a block belongs to all threads of the process
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if fault := self._everyones(self._make_folder() if self.rank == 0 else None)[0]:
             raise UserError(f"{self.directory}: cannot make the checkpoint folder: {fault}")
 
@@ -183,7 +178,7 @@ class CheckpointStore:
             UserError: the same on every rank, when any of them cannot write.
         """
         final = self.directory / step_name(step)
-        if self._everyones(final.exists())[0]:
+        if self._everyones(os.path.exists(final))[0]:  # Path.exists may raise, on one rank only
             return final
         folder = self.directory / f".tmp-{final.name}"
 
@@ -207,13 +202,13 @@ class CheckpointStore:
 
         writer = SafetensorsWriter(folder, self.rank, prepare, commit)
         try:
-            with quiet():
-                dcp.save(
-                    as_shards(tensors),
-                    storage_writer=writer,
-                    planner=ShardsSavePlanner(),
-                    no_dist=self.world_size == 1,
-                )
+            dcp.save(
+                as_shards(tensors),
+                storage_writer=writer,
+                planner=ShardsSavePlanner(),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
         except CheckpointException as failure:
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -254,13 +249,13 @@ class CheckpointStore:
     def _read(self, path: Path, manifest: Manifest, shards: dict[str, Shards]) -> str | None:
         """Load verified files; the fault, alike on all ranks, when the disk fails after all."""
         try:
-            with quiet():
-                dcp.load(
-                    dict(shards),
-                    storage_reader=SafetensorsReader(path, manifest),
-                    planner=ShardsLoadPlanner(),
-                    no_dist=self.world_size == 1,
-                )
+            dcp.load(
+                dict(shards),
+                storage_reader=SafetensorsReader(path, manifest),
+                planner=ShardsLoadPlanner(),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
         except CheckpointException as failure:
             return str(as_user_error(f"cannot read {path}", failure))
         return None
@@ -292,16 +287,16 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Delete all but the newest; renamed first, so that a half deleted one is never taken for whole."""
-        for path in step_directories(self.directory)[: -self.keep]:
-            try:
+        try:
+            for path in step_directories(self.directory)[: -self.keep]:
                 shutil.rmtree(path.rename(path.with_name(f".tmp-pruned-{path.name}")))
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", path, error)
+        except OSError as error:
+            logger.warning("%s: cannot remove an old checkpoint: %s", self.directory, error)
 
     def _everyones(self, value: T) -> list[T]:
         """The values of all ranks, by rank."""
-        if self.world_size == 1:
+        if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch
 
+from megaflow.checkpoint.background import CheckpointSaver
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.loader import Loader
 from megaflow.kernels.dispatch import select_ops
@@ -72,7 +73,7 @@ def begin(run: Run, state: TrainState, ctx: ParallelContext) -> Report:
 
 
 def train(run: Run, ctx: ParallelContext) -> None:
-    """Trains until `train.steps`, or until a signal asks to stop; saves a checkpoint either way.
+    """Trains until `train.steps`, or until a signal or a failed save asks to stop; saves a checkpoint either way.
 
     Every rank of `ctx` calls it. Raises UserError where the run directory or a checkpoint does not fit the config, and
     where the ranks' plans differ.
@@ -93,7 +94,8 @@ def train(run: Run, ctx: ParallelContext) -> None:
     writes_samples = config.train.log_samples and ctx.pp_rank == ctx.cp_rank == ctx.tp_rank == 0
     samples = SampleLog(run.dir, sampler.step, ctx) if writes_samples else None
     digests, stopping = DigestCheck(ctx), False
-    with closing(report), make_loader(run, ctx) as loader:
+    saver = CheckpointSaver(store, config.checkpoint.asynchronous, report.say)
+    with closing(report), make_loader(run, ctx) as loader, saver:
         while sampler.step < config.train.steps and not stopping:
             start = time.perf_counter()
             plan, batches = loader.next_step()
@@ -101,8 +103,9 @@ def train(run: Run, ctx: ParallelContext) -> None:
             batches = [batch.to(ctx.device) for batch in batches]
             fetched = time.perf_counter()
             lr = learning_rate(config.optim, plan.step, config.train.steps)
+            leave = stop.requested or saver.failed
             outcome = train_step(
-                model, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, stop.requested
+                model, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, leave
             )
             stopping = bool(outcome.stop > 0)
             if samples is not None:
@@ -118,7 +121,8 @@ def train(run: Run, ctx: ParallelContext) -> None:
             if saving or _due(plan.step, config.train.log_interval):
                 report.write(plan, lr, float(outcome.grad_norm))
             if saving:
-                report.say(f"step {plan.step}  saved {state.save(store)}")
+                state.save(saver)  # raises what the last one failed with
+            saver.poll()
             if config.train.eval_interval and not stopping and (last or _due(plan.step, config.train.eval_interval)):
                 report.evaluation(plan.step, evaluate(model, run.heldouts, config, ctx))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megaflow.checkpoint.background import CheckpointSaver
 from megaflow.checkpoint.shards import Shards, shards_of
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.sampler.ledger import LedgerEntry
@@ -41,8 +42,8 @@ class TrainState:
     def sampler(self) -> Sampler:
         return self.run.sampler
 
-    def save(self, store: CheckpointStore) -> str:
-        """Commits a checkpoint of the step last taken and returns its path."""
+    def save(self, saver: CheckpointSaver) -> None:
+        """Begins to save a checkpoint of the step last taken, as everything is now."""
         self.random = torch.get_rng_state()
         scalars = {
             "step": self.sampler.step,
@@ -54,7 +55,7 @@ class TrainState:
             "tokenizer_sha256": self.run.tokenizer_sha256,
             "ledger": [entry.to_json() for entry in self.run.ledger],
         }
-        return str(store.save(self.sampler.step, self._tensors(), scalars))
+        saver.save(self.sampler.step, self._tensors(), scalars)
 
     def load(self, store: CheckpointStore) -> bool:
         """Goes back to the newest sound checkpoint; False when there is none yet.

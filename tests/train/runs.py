@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import megaflow.train.loop as loop
-from megaflow.checkpoint.store import open_checkpoint
+from megaflow.checkpoint.store import open_checkpoint, step_name
 from megaflow.config import Config
 from megaflow.data.sampler.ledger import build_sampler, read_ledger
 from megaflow.parallel.mesh import ParallelContext
@@ -38,6 +39,7 @@ def run(
 
         def step_with_kill(*args: Any) -> Any:
             if kill is not None and (ctx.rank, planned.sampler.step) == kill[:2]:
+                _await_save(config, kill[1] - 1)
                 os.kill(os.getpid(), kill[2])
             if during is not None:
                 during(ctx.rank, planned)
@@ -47,6 +49,13 @@ def run(
         loop.train(planned, ctx)
 
     run_ranks(world, rank_main, timeout=90)
+
+
+def _await_save(config: Config, step: int) -> None:
+    """Waits until the last checkpoint that is due by a step is committed."""
+    due = step // config.checkpoint.interval * config.checkpoint.interval if config.checkpoint.interval else 0
+    while due and not (Path(config.run_dir) / "checkpoints" / step_name(due)).exists():
+        time.sleep(0.001)
 
 
 def killed(config: Config, world: int, rank: int, step: int) -> None:
