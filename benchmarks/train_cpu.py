@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megaflow.config import ModelConfig, OptimConfig
+from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch
 from megaflow.kernels.dispatch import OPERATIONS, Ops, select_ops
 from megaflow.model.flops import num_parameters
@@ -36,8 +37,9 @@ from megaflow.model.init import initialise
 from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
-from megaflow.parallel.gradients import FlatParameters, GradientBuffer
+from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.metrics import LOSS, LOSS_TOKENS
 from megaflow.train.step import train_step
 
@@ -118,9 +120,9 @@ class Megaflow:
         self.ctx = ParallelContext.single()
         self.model = Llama(shape.model, self.ctx, ops)
         initialise(self.model, seed=1)
-        parameters = FlatParameters(self.model)
-        self.gradients = GradientBuffer(parameters, self.ctx)
-        self.optimizer = AdamW(OPTIM, parameters.flat, self.gradients.flat, parameters.decay_numel)
+        parameters = FlatParameters(self.model, ParallelConfig())
+        self.gradients = GradientBuffer(parameters, self.ctx, ParallelConfig())
+        self.optimizer = AdamW(OPTIM, parameters, self.gradients)
 
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step; the mean loss before it."""

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 if TYPE_CHECKING:
     from megaflow.model.placement import Piece
+    from megaflow.parallel.parameters import FlatRange
 
 
 @dataclass
@@ -79,9 +80,9 @@ class Shards:
 
 
 def shards_of(
-    placement: Mapping[str, Sequence[Piece]], tensors: Mapping[str, torch.Tensor], group: str
+    placement: Mapping[str, Sequence[Piece]], tensors: Mapping[str, torch.Tensor | FlatRange], group: str
 ) -> dict[str, Shards]:
-    """Cut local tensors, keyed by parameter name, into the canonical tensors that a placement names.
+    """Cut local tensors, or ranges of them, keyed by parameter name, into the canonical tensors a placement names.
 
     The tensors may be the parameters or anything of their shapes (master weights, moments); `group` says which, and
     `<group>/<canonical name>` is the key in the checkpoint.
@@ -91,10 +92,25 @@ def shards_of(
         for piece in placement[parameter]:
             key = f"{group}/{piece.name}"
             shard = shards.setdefault(key, Shards(key, piece.global_shape, tensor.dtype))
-            view = tensor.detach()[piece.local_slices()]
-            if view.numel():
-                shard.blocks.append((piece.global_offset, view))
+            held = [((0,) * tensor.ndim, tensor)] if isinstance(tensor, torch.Tensor) else list(tensor.rectangles())
+            for offset, rectangle in held:
+                shard.blocks += _overlap(piece, offset, rectangle.detach())
     return shards
+
+
+def _overlap(
+    piece: Piece, offset: tuple[int, ...], rectangle: torch.Tensor
+) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """The block that a piece and a rectangle at an offset of the local parameter have in common, if any."""
+    start, block = [], rectangle
+    for dim, (begin, size) in enumerate(zip(piece.local_offset, piece.shape, strict=True)):
+        low = max(begin, offset[dim])
+        high = min(begin + size, offset[dim] + rectangle.shape[dim])
+        if low >= high:
+            return []
+        start.append(piece.global_offset[dim] + low - begin)
+        block = block.narrow(dim, low - offset[dim], high - low)
+    return [(tuple(start), block)]
 
 
 class ShardsSavePlanner(DefaultSavePlanner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,44 @@ from torch import Tensor
 from megaflow.config import ModelConfig
 from megaflow.errors import UserError
 from megaflow.model.llama import Llama
-from megaflow.model.placement import placement
+from megaflow.model.placement import Piece, placement
 
 RESIDUAL_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 @torch.no_grad()
-def initialise(model: Llama, seed: int, into: Mapping[str, Tensor] | None = None) -> None:
-    """Fill the model, or fp32 tensors like its parameters, with normal weights of `init_std`, and ones in the norms.
+def initialise(model: Llama, seed: int, into: Callable[[str, Tensor], None] | None = None) -> None:
+    """Fill the model with normal weights of `init_std`, and ones in the norms.
 
     The projections into the residual stream get `init_std / sqrt(2 * num_layers)` (Radford et al., 2019). Every
     canonical tensor is drawn whole on the CPU from its own generator, so that every layout and device starts alike.
+    `into`: takes each parameter's name and fp32 value instead, one at a time.
     """
     config = model.config
-    parameters = into or dict(model.named_parameters())
-    for parameter, pieces in placement(config, model.ctx, model.chunks).items():
+
+    def draw(piece: Piece) -> Tensor:
+        if len(piece.global_shape) == 1:
+            return torch.ones(piece.shape)
+        residual = piece.name.endswith(RESIDUAL_OUTPUTS)
+        std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
+        whole = torch.empty(piece.global_shape).normal_(0.0, std, generator=_generator(seed, piece.name))
+        return whole[piece.global_slices()]
+
+    _fill(model, draw, into)
+
+
+def _fill(model: Llama, part: Callable[[Piece], Tensor], into: Callable[[str, Tensor], None] | None) -> None:
+    """Put every parameter together in fp32 from its pieces, padding left zero, and hand it over."""
+    parameters = dict(model.named_parameters())
+    for name, pieces in placement(model.config, model.ctx, model.chunks).items():
+        value = torch.zeros(parameters[name].shape)
         for piece in pieces:
-            target = parameters[parameter][piece.local_slices()]
-            if len(piece.global_shape) == 1:
-                target.fill_(1.0)
-                continue
-            residual = piece.name.endswith(RESIDUAL_OUTPUTS)
-            std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
-            whole = torch.empty(piece.global_shape).normal_(0.0, std, generator=_generator(seed, piece.name))
-            target.copy_(whole[piece.global_slices()])
+            if 0 not in piece.shape:
+                value[piece.local_slices()] = part(piece)
+        if into is None:
+            parameters[name].copy_(value)
+        else:
+            into(name, value)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -50,17 +64,14 @@ def _generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def copy_weights(model: Llama, read: Callable[[str], Tensor]) -> None:
     """Fill the model from whole canonical tensors, fetched by name one at a time."""
-    parameters = dict(model.named_parameters())
-    for parameter, pieces in placement(model.config, model.ctx, model.chunks).items():
-        for piece in pieces:
-            parameters[parameter][piece.local_slices()].copy_(read(piece.name)[piece.global_slices()])
+    _fill(model, lambda piece: read(piece.name)[piece.global_slices()], None)
 
 
 @torch.no_grad()
-def load_hf_weights(model: Llama, directory: str | Path, into: Mapping[str, Tensor] | None = None) -> None:
+def load_hf_weights(model: Llama, directory: str | Path, into: Callable[[str, Tensor], None] | None = None) -> None:
     """Copy this rank's part of a LLaMA checkpoint in safetensors into the model, reading that part only.
 
-    `into`: tensors like the model's parameters to fill instead.
+    `into`: takes each parameter's name and fp32 value instead, one at a time.
 
     Raises:
         UserError: for a folder without safetensors, a tensor missing, unknown or of another shape, a damaged file.
@@ -70,19 +81,19 @@ def load_hf_weights(model: Llama, directory: str | Path, into: Mapping[str, Tens
         tensors = _open_tensors(directory, stack)
         table = placement(model.config, model.ctx)
         _check_names(directory, set(tensors), {piece.name for pieces in table.values() for piece in pieces})
-        parameters = into or dict(model.named_parameters())
-        for parameter, pieces in placement(model.config, model.ctx, model.chunks).items():
-            for piece in pieces:
-                source = tensors[piece.name].get_slice(piece.name)
-                shape = tuple(source.get_shape())
-                if shape != piece.global_shape:
-                    raise UserError(
-                        f"{directory}: {piece.name} has shape {list(shape)}, the model's is "
-                        f"{list(piece.global_shape)}; make the model section agree with config.json there"
-                    )
-                if 0 not in piece.shape:
-                    part: Tensor = source[piece.global_slices()]
-                    parameters[parameter][piece.local_slices()].copy_(part)
+
+        def read(piece: Piece) -> Tensor:
+            source = tensors[piece.name].get_slice(piece.name)
+            shape = tuple(source.get_shape())
+            if shape != piece.global_shape:
+                raise UserError(
+                    f"{directory}: {piece.name} has shape {list(shape)}, the model's is "
+                    f"{list(piece.global_shape)}; make the model section agree with config.json there"
+                )
+            part: Tensor = source[piece.global_slices()]
+            return part
+
+        _fill(model, read, into)
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:

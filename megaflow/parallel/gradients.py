@@ -1,83 +1,151 @@
-"""Parameters and their gradient sums as two flat tensors: one optimizer kernel, one reduction each."""
+"""fp32 gradient sums of a rank and their reduction, bucket by bucket under the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaflow.config_parallel import ParallelConfig
+from megaflow.parallel import collectives
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.parameters import Bucket, FlatParameters
+from megaflow.parallel.regions import Pending
+
+CASTS_HELD = 2
+"""bf16 copies of buckets that may be under way at a time: they are memory that nobody planned for."""
 
 
-class FlatParameters:
-    """All parameters of a model as views of one flat tensor, matrices first, then the norm weights.
+class _Reduction(NamedTuple):
+    pending: Pending
+    target: Tensor
+    """Where in the fp32 sums the result belongs."""
 
-    Matrices are cut over tp and take weight decay; norm weights (one dimension) are alike on every tp rank and take
-    none. Parameters must have one dtype.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_parameters())
-        self.parameters = dict(
-            [item for item in named if item[1].ndim > 1] + [item for item in named if item[1].ndim == 1]
-        )
-        """Name to parameter, in the order of the flat tensor."""
-        self.decay_numel = sum(p.numel() for p in self.parameters.values() if p.ndim > 1)
-        """Length of the first part, the matrices."""
-        self.flat = torch.cat([p.detach().flatten() for p in self.parameters.values()])
-        """The storage `[N]`."""
-        for parameter, view in zip(self.parameters.values(), self.views(self.flat).values(), strict=True):
-            parameter.data = view
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat tensor `[N]` laid out like the parameters (gradients, moments), as views by parameter name."""
-        pieces = flat.split([p.numel() for p in self.parameters.values()])
-        return {name: piece.view(p.shape) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
+    def complete(self) -> None:
+        result = self.pending.wait()
+        if result is not self.target:
+            self.target.copy_(result)
 
 
 class GradientBuffer:
     """fp32 sums of the gradients of all micro-batches, then of all ranks, in the layout of `FlatParameters`.
 
-    fp32 parameters accumulate into it as their `.grad`; gradients of other dtypes are added and dropped as they come.
+    fp32 parameters accumulate into it as their `.grad`; gradients of other dtypes are added and dropped as they come,
+    and so are those that the model's linear layers have put off. A bucket whose parameters have all had their last
+    gradient of the step (`final`) is reduced over the ranks that see other tokens while the backward pass goes on:
+    reduce-scattered where the optimizer state is sharded (Rajbhandari et al., arXiv 1910.02054), all-reduced where it
+    is not. Ranks that hold the same weights run the same passes, so they start these collectives in the same order.
     """
 
-    def __init__(self, parameters: FlatParameters, ctx: ParallelContext) -> None:
+    def __init__(self, parameters: FlatParameters, ctx: ParallelContext, parallel: ParallelConfig) -> None:
+        self.parameters = parameters
+        self.deferred = parameters.model.deferred
         self.ctx = ctx
-        self.decay_numel = parameters.decay_numel
+        self.cast = torch.bfloat16 if parallel.grad_reduce == "bf16" else torch.float32
         self.flat = torch.zeros_like(parameters.flat, dtype=torch.float32)
-        """The sums `[N]`."""
-        for parameter, view in zip(parameters.parameters.values(), parameters.views(self.flat).values(), strict=True):
+        """The sums `[N]`; after `finish` only `parameters.own(flat)` is whole."""
+        self.sums = parameters.views(self.flat)
+        self.names = {parameter: name for name, parameter in parameters.parameters.items()}
+        self.reductions: list[_Reduction] = []
+        self.awaited: dict[Bucket, set[str]] = {}
+        """Buckets not reduced yet, with the parameters whose last gradient has not come."""
+        self.closing: set[str] = set()
+        """Parameters whose next gradient is the last of the step."""
+        for name, parameter in parameters.parameters.items():
             if parameter.dtype == torch.float32:
-                parameter.grad = view
-            else:
-                parameter.register_post_accumulate_grad_hook(_adds_into(view))
+                parameter.grad = self.sums[name]
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+        self.deferred.add = self.add
+        self.zero()
 
     def zero(self) -> None:
         """Start a new optimizer step."""
         self.flat.zero_()
+        self.closing.clear()
+        self.awaited = {bucket: set(bucket.names) for bucket in self.parameters.buckets}
 
-    def reduce(self) -> None:
-        """Sum over the ranks: everything over dp and, under sequence parallelism, the norm weights over tp.
+    def final(self, names: Iterable[str]) -> None:
+        """Announce that the next gradient of these parameters is the last of this step.
 
-        With the sequence cut, each tp rank has seen only its part of the tokens at the norms.
+        Norms, a tied embedding, what autograd brings while others are put off, and what was never announced are
+        reduced in `finish`.
         """
-        if self.ctx.sequence_parallel:
-            dist.all_reduce(self.flat[self.decay_numel :], group=self.ctx.tp_group)
-        if self.ctx.dp > 1:
-            dist.all_reduce(self.flat, group=self.ctx.group("dp"))
+        self.closing.update(names)
+
+    def add(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Add a gradient that did not come through autograd."""
+        name = self.names[parameter]
+        self.sums[name].add_(grad)
+        self._accumulated(name)
+
+    def finish(self) -> None:
+        """End the step: reduce what is left and wait for all of it.
+
+        Under sequence parallelism each tp rank has seen only its part of the tokens at the norms: their sums are added
+        over tp. Copies of tied embeddings on two pipeline ranks are added too. Both come after the reduction over the
+        data, so that with sharding they carry 1 / data of it.
+        """
+        for bucket in list(self.awaited):
+            self._reduce(bucket)
+        while self.reductions:
+            self.reductions.pop(0).complete()
+        for bucket, own in zip(self.parameters.buckets, self.parameters.own(self.flat), strict=True):
+            if bucket.kind == "norms" and self.ctx.sequence_parallel:
+                dist.all_reduce(own, group=self.ctx.tp_group)
+            if bucket.kind == "tied" and self.parameters.tied_apart:
+                dist.all_reduce(own, group=self.ctx.group("embedding"))
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the squared norm, an fp64 scalar: summed over tp it counts every parameter once."""
-        own = self.flat if self.ctx.tp_rank == 0 else self.flat[: self.decay_numel]
-        return torch.linalg.vector_norm(own, dtype=torch.float64).square()
+        """This rank's share of the squared norm, an fp64 scalar: the sum over all ranks counts every parameter once.
 
+        Every data rank takes its part of a bucket, whether it holds all of it or not; tp rank 0 takes the norms, and
+        the first pipeline rank the tied embedding.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.flat.device)
+        for bucket, part in zip(self.parameters.buckets, self.parameters.parts(self.flat), strict=True):
+            again = bucket.kind == "norms" and self.ctx.tp_rank > 0
+            if not again and self.parameters.tied_copy not in bucket.names:
+                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        return total
 
-def _adds_into(main: Tensor) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        main.add_(parameter.grad)
-        parameter.grad = None
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        main = self.sums[name]
 
-    return hook
+        def accumulated(parameter: Tensor) -> None:
+            if parameter.dtype != torch.float32 and parameter.grad is not None:
+                main.add_(parameter.grad)
+                parameter.grad = None
+            if not self.deferred.collecting:  # autograd calls hooks for a gradient that was put off too
+                self._accumulated(name)
+
+        return accumulated
+
+    def _accumulated(self, name: str) -> None:
+        """Takes note of a gradient; reduces the bucket when it was the last of the last parameter."""
+        bucket = self.parameters.bucket_of[name]
+        if bucket not in self.awaited:
+            raise RuntimeError(f"{name}: a gradient came after the one that was announced as the last of the step")
+        if name in self.closing:
+            self.closing.remove(name)
+            self.awaited[bucket].remove(name)
+            if bucket.kind == "matrices" and not self.awaited[bucket]:
+                self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        del self.awaited[bucket]
+        if self.ctx.data == 1:
+            return
+        whole = bucket.of(self.flat)
+        sent, group = whole.to(self.cast), self.ctx.group("data")
+        if self.parameters.shards > 1:
+            result = self.parameters.own_of(bucket, sent)
+            work = collectives.reduce_scatter(result, sent, group=group, async_op=True)
+        else:
+            result, work = sent, dist.all_reduce(sent, group=group, async_op=True)
+        target = result if sent is whole else self.parameters.own_of(bucket, whole)
+        self.reductions.append(_Reduction(Pending(result, work), target))
+        if sent is not whole and len(self.reductions) > CASTS_HELD:
+            self.reductions.pop(0).complete()

@@ -16,8 +16,9 @@ from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
 from megaflow.optim.learning_rate import learning_rate
-from megaflow.parallel.gradients import FlatParameters, GradientBuffer
+from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
+from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.agreement import DigestCheck, check_history, compare_ledgers
 from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
@@ -35,9 +36,9 @@ def build(run: Run, ctx: ParallelContext) -> tuple[Llama, GradientBuffer, TrainS
     config = run.config
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     model = Llama(config.model, ctx, select_ops(ctx.device, dtype, config.kernels), dtype)
-    parameters = FlatParameters(model)
-    gradients = GradientBuffer(parameters, ctx)
-    optimizer = AdamW(config.optim, parameters.flat, gradients.flat, parameters.decay_numel)
+    parameters = FlatParameters(model, config.parallel)
+    gradients = GradientBuffer(parameters, ctx, config.parallel)
+    optimizer = AdamW(config.optim, parameters, gradients)
     totals = SourceTotals(len(run.sources), ctx)
     return model, gradients, TrainState(run, placement(config.model, ctx), parameters, optimizer, totals)
 
@@ -49,11 +50,10 @@ def restore(run: Run, model: Llama, state: TrainState, store: CheckpointStore, c
         on_main_rank(ctx, lambda: check_history(run.ledger, saved, run.dir / "metrics.jsonl"))
         return
     config = run.config
-    master = state.parameters.views(state.optimizer.master)
     if config.model.weights:
-        load_hf_weights(model, config.model.weights, into=master)
+        load_hf_weights(model, config.model.weights, into=state.optimizer.set_master)
     else:
-        initialise(model, config.train.seed, into=master)
+        initialise(model, config.train.seed, into=state.optimizer.set_master)
     state.optimizer.copy_master_to_params()
 
 
@@ -64,7 +64,7 @@ def begin(run: Run, state: TrainState, ctx: ParallelContext) -> Report:
     on_main_rank(ctx, run.begin)
     report = Report(run.config, state, ctx)
     on_main_rank(ctx, report.open)
-    size = f"{state.parameters.flat.numel():,} of them per rank"
+    size = f"{state.parameters.numel:,} of them per rank"
     report.say(f"{run.describe()}, {size}; starts after step {run.sampler.step}")
     if edited:
         report.say(edited)
@@ -125,6 +125,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
             saver.poll()
             if config.train.eval_interval and not stopping and (last or _due(plan.step, config.train.eval_interval)):
                 report.evaluation(plan.step, evaluate(model, run.heldouts, config, ctx))
+    state.parameters.wait()  # a rank that leaves in the midst of a collective breaks the others'
 
 
 def make_loader(run: Run, ctx: ParallelContext) -> Loader:

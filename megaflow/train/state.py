@@ -14,7 +14,7 @@ from megaflow.data.sampler.mix import Sampler
 from megaflow.errors import UserError
 from megaflow.model.placement import Placement
 from megaflow.optim.adamw import AdamW
-from megaflow.parallel.gradients import FlatParameters
+from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.metrics import SourceTotals
 from megaflow.train.run import Run
 
@@ -55,14 +55,14 @@ class TrainState:
             "tokenizer_sha256": self.run.tokenizer_sha256,
             "ledger": [entry.to_json() for entry in self.run.ledger],
         }
-        saver.save(self.sampler.step, self._tensors(), scalars)
+        saver.save(self.sampler.step, self._tensors(saving=True), scalars)
 
     def load(self, store: CheckpointStore) -> bool:
         """Goes back to the newest sound checkpoint; False when there is none yet.
 
         Raises UserError when no checkpoint is sound, or it is of another model or another mix.
         """
-        manifest = store.load(self._tensors())
+        manifest = store.load(self._tensors(saving=False))
         if manifest is None:
             return False
         scalars = manifest.scalars
@@ -82,13 +82,16 @@ class TrainState:
         torch.set_rng_state(self.random)
         return True
 
-    def _tensors(self) -> dict[str, Shards | torch.Tensor]:
+    def _tensors(self, saving: bool) -> dict[str, Shards | torch.Tensor]:
+        """What this rank holds, as views; the copy of a tied embedding is read and never saved."""
+        names = [name for name in self.parameters.parameters if not (saving and name == self.parameters.tied_copy)]
         groups = {
             "model": self.optimizer.master,
             "exp_avg": self.optimizer.exp_avg,
             "exp_avg_sq": self.optimizer.exp_avg_sq,
         }
         tensors: dict[str, Shards | torch.Tensor] = {"random/torch": self.random}
-        for group, flat in groups.items():
-            tensors |= shards_of(self.placement, self.parameters.views(flat), group)
+        for group, own in groups.items():
+            parts = {name: self.parameters.range_of(name, own) for name in names}
+            tensors |= shards_of(self.placement, parts, group)
         return tensors

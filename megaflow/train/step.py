@@ -49,21 +49,22 @@ def train_step(
     """
     gradients.zero()
     totals = SourceTotals(num_sources, ctx)
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         losses = model.loss(batch)
+        if number == len(batches):
+            gradients.final(gradients.parameters.parameters)
         losses.sum().backward()
         totals.add(losses.detach(), batch)
 
-    gradients.reduce()
+    gradients.finish()
     totals.reduce(ctx)
 
-    # fp64 sum of squares over tensor-parallel ranks; the request to stop travels with it
+    # fp64 sum of squares over all ranks; the request to stop travels with it
     agreed = torch.stack([gradients.squared_norm().double(), torch.tensor(float(stop)).double().to(ctx.device)])
     if ctx.world_size > 1:
-        # every rank of a data group adds the same norm, so the sum over all ranks is that many times it
         dist.all_reduce(agreed)
     loss_tokens = totals.values[:, LOSS_TOKENS].sum().clamp(min=1)
-    grad_norm = ((agreed[0] / ctx.data).sqrt() / loss_tokens).float()
+    grad_norm = (agreed[0].sqrt() / loss_tokens).float()
     skipped = (~torch.isfinite(grad_norm)).float()
     scale = clip_scale(grad_norm, clip) / loss_tokens.float()
     optimizer.step(lr, scale, skipped)

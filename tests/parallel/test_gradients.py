@@ -1,15 +1,14 @@
-"""Flat parameters and gradient sums."""
+"""Flat parameters and gradient sums of one process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megaflow.config_parallel import ParallelConfig
-from megaflow.parallel.gradients import FlatParameters, GradientBuffer
+from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
-from tests.distributed import run_ranks
+from megaflow.parallel.parameters import FlatParameters
 from tests.tiny import make_batch, tiny_config, tiny_model
 
 
@@ -18,13 +17,29 @@ def batches(count: int) -> list:
     return [make_batch([[5, 11]], generator) for _ in range(count)]
 
 
-def test_parameters_become_views_of_one_tensor_matrices_first() -> None:
-    model = tiny_model()
+def buffer_of(parameters: FlatParameters) -> GradientBuffer:
+    return GradientBuffer(parameters, ParallelContext.single(), ParallelConfig())
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [1, 3 * 32 * 48 * 4, 1 << 20])
+def test_parameters_become_views_of_one_tensor_in_buckets(bucket_bytes: int, tie: bool) -> None:
+    model = tiny_model(tiny_config(tie_embeddings=tie))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parameters = FlatParameters(model)
-    norms = [name for name, p in model.named_parameters() if p.ndim == 1]
-    assert list(parameters.parameters)[-len(norms) :] == norms
-    assert parameters.flat[parameters.decay_numel :].numel() == sum(before[name].numel() for name in norms)
+    parameters = FlatParameters(model, ParallelConfig(), bucket_bytes)
+    matrices = [name for name, p in before.items() if p.ndim > 1 and not (tie and name == "embed.weight")]
+    norms = [name for name, p in before.items() if p.ndim == 1]
+    kinds = [bucket.kind for bucket in parameters.buckets]
+    assert kinds == ["matrices"] * (len(kinds) - 1 - tie) + ["tied"] * tie + ["norms"]
+    in_backward_order = matrices[::-1] + ["embed.weight"] * tie + norms[::-1]
+    assert [name for bucket in parameters.buckets for name in bucket.names] == in_backward_order
+    for bucket in parameters.buckets:
+        size = sum(before[name].numel() for name in bucket.names)
+        assert size <= bucket.numel < size + 32
+        assert bucket.kind == "norms" or size * 4 <= bucket_bytes or len(bucket.names) == 1
+    assert len(kinds) == {1: len(matrices) + 1 + tie, 1 << 20: 2 + tie}.get(bucket_bytes, len(kinds))
+    assert parameters.numel == sum(p.numel() for p in before.values())
+
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
     parameters.flat.fill_(0.5)
@@ -36,8 +51,8 @@ def test_parameters_become_views_of_one_tensor_matrices_first() -> None:
 @pytest.mark.parametrize("tie", [False, True])
 def test_sums_of_fp32_gradients(tie: bool) -> None:
     model, plain = (tiny_model(tiny_config(tie_embeddings=tie)) for _ in range(2))
-    parameters = FlatParameters(model)
-    gradients = GradientBuffer(parameters, ParallelContext.single())
+    parameters = FlatParameters(model, ParallelConfig())
+    gradients = buffer_of(parameters)
     for batch in batches(3):
         model.loss(batch).sum().backward()
         plain.loss(batch).sum().backward()
@@ -54,32 +69,46 @@ def test_sums_of_fp32_gradients(tie: bool) -> None:
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
     model = tiny_model(dtype=torch.bfloat16)
-    parameters = FlatParameters(model)
-    gradients = GradientBuffer(parameters, ParallelContext.single())
-    expected = torch.zeros_like(gradients.flat)
+    parameters = FlatParameters(model, ParallelConfig())
+    gradients = buffer_of(parameters)
+    expected = [torch.zeros(p.shape) for p in parameters.parameters.values()]
     for batch in batches(3):
         found = torch.autograd.grad(model.loss(batch).sum(), list(parameters.parameters.values()))
-        expected += torch.cat([grad.float().flatten() for grad in found])
+        expected = [total + grad.float() for total, grad in zip(expected, found, strict=True)]
         model.loss(batch).sum().backward()
     assert gradients.flat.dtype == torch.float32
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(gradients.flat, expected)
+    sums = parameters.views(gradients.flat).values()
+    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
 
 
-def reduced_ones() -> tuple[int, float, float, float]:
-    ctx = ParallelContext.create(ParallelConfig(tp=2, sequence_parallel=True), "cpu")
-    parameters = FlatParameters(tiny_model(ctx=ctx))
-    gradients = GradientBuffer(parameters, ctx)
-    gradients.flat.fill_(1.0)
-    gradients.reduce()
-    squares = gradients.squared_norm()
-    dist.all_reduce(squares, group=ctx.tp_group)
-    matrices, norms = gradients.flat[: parameters.decay_numel], gradients.flat[parameters.decay_numel :]
-    count = 2 * matrices.numel() * 2**2 + norms.numel() * 4**2
-    return count, float(squares), float(matrices.mean()), float(norms.mean())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_were_put_off_go_into_the_sums(dtype: torch.dtype) -> None:
+    sums = []
+    for put_off in (False, True):
+        model = tiny_model(dtype=dtype)
+        parameters = FlatParameters(model, ParallelConfig())
+        gradients = buffer_of(parameters)
+        for batch in batches(2):
+            losses = model.loss(batch).sum()
+            if put_off:
+                with model.deferred.collect() as jobs:
+                    losses.backward()
+                assert jobs
+                for job in jobs:
+                    job.run()
+            else:
+                losses.backward()
+        sums.append(gradients.flat)
+    assert torch.equal(*sums)
 
 
-def test_reduction_over_dp_and_of_norms_over_tp() -> None:
-    for count, squares, matrices, norms in run_ranks(4, reduced_ones):
-        assert (matrices, norms) == (2.0, 4.0)
-        assert squares == count
+def test_a_gradient_after_the_last_is_an_error() -> None:
+    model = tiny_model()
+    parameters = FlatParameters(model, ParallelConfig())
+    gradients = buffer_of(parameters)
+    gradients.final(parameters.parameters)
+    batch, *_ = batches(1)
+    model.loss(batch).sum().backward()
+    with pytest.raises(RuntimeError, match=r"head\.weight: a gradient came after the one that was announced"):
+        model.loss(batch).sum().backward()

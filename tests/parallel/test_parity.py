@@ -18,8 +18,9 @@ from megaflow.data.loader import Batch
 from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
 from megaflow.parallel import collectives
-from megaflow.parallel.gradients import FlatParameters, GradientBuffer
+from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.step import train_step
 from tests.distributed import run_ranks
 from tests.tiny import make_batch, tiny_config, tiny_model
@@ -80,10 +81,10 @@ def join(rows: list[Batch]) -> Batch:
 def train(ctx: ParallelContext, config: ModelConfig, steps: int = STEPS) -> Curve:
     """A run with clipping that acts in every step."""
     model = tiny_model(config, ctx)
-    parameters = FlatParameters(model)
-    gradients = GradientBuffer(parameters, ctx)
+    parameters = FlatParameters(model, ParallelConfig())
+    gradients = GradientBuffer(parameters, ctx, ParallelConfig())
     optim = OptimConfig(lr=3e-3)
-    optimizer = AdamW(optim, parameters.flat, gradients.flat, parameters.decay_numel)
+    optimizer = AdamW(optim, parameters, gradients)
     losses, norms = [], []
     for step in range(steps):
         batches = micro_batches(global_batch(step), ctx)
@@ -91,6 +92,7 @@ def train(ctx: ParallelContext, config: ModelConfig, steps: int = STEPS) -> Curv
         losses.append(outcome.totals[:, 0].clone())
         norms.append(outcome.grad_norm.double())
     assert float(torch.stack(norms).min()) > 0.05
+    parameters.wait()
     weights = {}
     for name, pieces in placement(config, ctx).items():
         for piece in pieces:
@@ -158,9 +160,10 @@ TAKEN_OUT = [
     ("tp2+sp", "_ColumnParallel.backward/all_gather_single"),
     ("tp2+sp", "_ColumnParallel.backward/reduce_scatter_single"),
     ("tp2+sp", "_CrossEntropy.forward"),
-    ("tp2+sp", "GradientBuffer.reduce"),
+    ("tp2+sp", "GradientBuffer.finish"),
     ("tp2+sp", "train_step"),
-    ("dp2", "GradientBuffer.reduce"),
+    ("dp2", "GradientBuffer._reduce"),
+    ("dp2", "FlatParameters.gather"),
     ("dp2", "SourceTotals.reduce"),
     ("dp2", "train_step"),
 ]

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from megaflow.config import OptimConfig
+from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch
 from megaflow.model.llama import Llama
 from megaflow.optim.adamw import AdamW
 from megaflow.optim.learning_rate import learning_rate
-from megaflow.parallel.gradients import FlatParameters, GradientBuffer
+from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES
 from megaflow.train.step import StepOutcome, train_step
 from tests.tiny import make_batch, tiny_model
@@ -27,9 +29,9 @@ def batches() -> list[Batch]:
 
 def build(dtype: torch.dtype = torch.float32) -> tuple[Llama, GradientBuffer, AdamW]:
     model = tiny_model(dtype=dtype)
-    parameters = FlatParameters(model)
-    gradients = GradientBuffer(parameters, ParallelContext.single())
-    return model, gradients, AdamW(CONFIG, parameters.flat, gradients.flat, parameters.decay_numel)
+    parameters = FlatParameters(model, ParallelConfig())
+    gradients = GradientBuffer(parameters, ParallelContext.single(), ParallelConfig())
+    return model, gradients, AdamW(CONFIG, parameters, gradients)
 
 
 def step(model: Llama, gradients: GradientBuffer, optimizer: AdamW, clip: float = 0.0) -> StepOutcome:
@@ -62,18 +64,24 @@ def test_step_is_torch_adamw_on_the_mean_over_all_tokens_with_loss(clip: float) 
 
 def test_bf16_parameters_are_the_rounded_master() -> None:
     model, gradients, optimizer = build(torch.bfloat16)
-    start = optimizer.master.clone()
+    start = torch.cat(optimizer.master)
     step(model, gradients, optimizer)
-    assert optimizer.master.dtype == gradients.flat.dtype == torch.float32
-    assert not torch.equal(optimizer.master, start)
-    assert torch.equal(optimizer.params, optimizer.master.bfloat16())
-    assert not torch.equal(optimizer.master, optimizer.params.float())
+    master = torch.cat(optimizer.master)
+    assert master.dtype == gradients.flat.dtype == torch.float32
+    assert not torch.equal(master, start)
+    assert torch.equal(optimizer.parameters.flat, master.bfloat16())
+    assert not torch.equal(optimizer.parameters.flat.float(), master)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     model, gradients, optimizer = build()
     step(model, gradients, optimizer)
-    before = [t.clone() for t in (optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps)]
+
+    def state() -> list[Tensor]:
+        lists = (optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq)
+        return [torch.cat(tensors) for tensors in lists] + [optimizer.steps.clone()]
+
+    before = state()
     squared_norm = gradients.squared_norm
 
     def poisoned() -> Tensor:
@@ -82,12 +90,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
 
     gradients.squared_norm = poisoned  # type: ignore[method-assign]
     assert float(step(model, gradients, optimizer).skipped) == 1
-    after = (optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps)
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
     del gradients.squared_norm
     assert float(step(model, gradients, optimizer).skipped) == 0
-    assert not torch.equal(optimizer.params, before[0])
-    assert torch.isfinite(optimizer.params).all()
+    assert not torch.equal(state()[0], before[0])
+    assert torch.isfinite(state()[0]).all()
 
 
 @pytest.mark.parametrize(
