@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megaflow.checkpoint.shards import Shards, ShardsLoadPlanner, ShardsSavePlanner
+from megaflow.checkpoint.shared import check_shared
 from megaflow.checkpoint.storage import (
     DTYPE_NAMES,
     DTYPES,
@@ -166,6 +167,8 @@ class CheckpointStore:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if fault := self._everyones(self._make_folder() if self.rank == 0 else None)[0]:
             raise UserError(f"{self.directory}: cannot make the checkpoint folder: {fault}")
+        if self.world_size > 1:
+            check_shared(self.directory, self.rank, self._everyones)
 
     def save(self, step: int, tensors: Mapping[str, Shards | torch.Tensor], scalars: Mapping[str, Any]) -> Path:
         """Write a checkpoint, whole or not at all; nothing to do when this step is committed already.
