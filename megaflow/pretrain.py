@@ -1,8 +1,8 @@
 """Trains a model: `torchrun --nproc-per-node N megaflow/pretrain.py --config FILE [section.key=value ...]`.
 
 The whole job in order: read and check the config, join the process group, train, leave. Exit codes: 0 done or stopped
-by a signal after saving, 1 another rank has left, 2 the config or a file is wrong (one line on the standard error), 130
-interrupted twice.
+by a signal after saving, 1 another rank has left, 2 the config or a file is wrong (one line on the standard error), 3
+stopped after saving because only other ranks were asked to, 130 interrupted twice.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def leave_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def join_and_train(run: Run, device: torch.device) -> None:
-    """Joins the process group, where there is more than one process, and trains."""
+def join_and_train(run: Run, device: torch.device) -> bool:
+    """Joins the process group, where there is more than one process, and trains; whether this rank is done."""
     import torch
     import torch.distributed as dist
 
@@ -82,12 +82,12 @@ def join_and_train(run: Run, device: torch.device) -> None:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        train(run, ParallelContext.single(device))
-        return
+        return train(run, ParallelContext.single(device))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
-    train(run, ParallelContext.create(parallel, device))
+    done = train(run, ParallelContext.create(parallel, device))
     dist.destroy_process_group()
+    return done
 
 
 def main() -> int:
@@ -100,7 +100,7 @@ def main() -> int:
             arguments = parse_arguments()
         run, device = prepare(load_config(arguments.config, arguments.overrides))
         speaks = True
-        join_and_train(run, device)
+        done = join_and_train(run, device)
     except UserError as error:
         if rank > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,7 +116,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 0 if done else 3
 
 
 if __name__ == "__main__":

@@ -72,10 +72,11 @@ def begin(run: Run, state: TrainState, ctx: ParallelContext) -> Report:
     return report
 
 
-def train(run: Run, ctx: ParallelContext) -> None:
+def train(run: Run, ctx: ParallelContext) -> bool:
     """Trains until `train.steps`, or until a signal or a failed save asks to stop; saves a checkpoint either way.
 
-    Every rank of `ctx` calls it. Raises UserError where the run directory or a checkpoint does not fit the config, and
+    Every rank of `ctx` calls it. Returns whether this rank is done: not so where only other ranks were asked to stop.
+    Raises UserError where the run directory or a checkpoint does not fit the config, and
     where the ranks' plans differ.
     """
     stop = StopSignal()
@@ -88,12 +89,12 @@ def train(run: Run, ctx: ParallelContext) -> None:
     if sampler.step >= config.train.steps:
         if ctx.rank == 0:
             print(f"{run.dir} is at step {sampler.step} of {config.train.steps}: nothing left to do", flush=True)
-        return
+        return True
 
     report = begin(run, state, ctx)
     writes_samples = config.train.log_samples and ctx.pp_rank == ctx.cp_rank == ctx.tp_rank == 0
     samples = SampleLog(run.dir, sampler.step, ctx) if writes_samples else None
-    digests, stopping = DigestCheck(ctx), False
+    digests, stopping, asked = DigestCheck(ctx), False, False
     saver = CheckpointSaver(store, config.checkpoint.asynchronous, report.say)
     with closing(report), make_loader(run, ctx) as loader, saver:
         while sampler.step < config.train.steps and not stopping:
@@ -107,7 +108,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
             outcome = train_step(
                 model, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, leave
             )
-            stopping = bool(outcome.stop > 0)
+            stopping = asked = bool(outcome.stop > 0)
             if samples is not None:
                 samples.write(plan.step, batches)
             report.add(plan, outcome, time.perf_counter() - start, fetched - start)
@@ -126,6 +127,7 @@ def train(run: Run, ctx: ParallelContext) -> None:
             if config.train.eval_interval and not stopping and (last or _due(plan.step, config.train.eval_interval)):
                 report.evaluation(plan.step, evaluate(model, run.heldouts, config, ctx))
     state.parameters.wait()  # a rank that leaves in the midst of a collective breaks the others'
+    return stop.requested or not asked or sampler.step == config.train.steps
 
 
 def make_loader(run: Run, ctx: ParallelContext) -> Loader:
