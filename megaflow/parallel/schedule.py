@@ -158,6 +158,15 @@ def _v_rank(pp: int, rank: int, micro_batches: int) -> list[Action]:
     return actions
 
 
+def forward_only(owners: tuple[int, ...], micro_batches: int) -> Schedule:
+    """Forward passes without backward ones, pp micro-batches at a time from each chunk to the next: for evaluation."""
+    pp = max(owners) + 1
+    groups = [range(i, min(i + pp, micro_batches)) for i in range(0, micro_batches, pp)]
+    order = [Action("forward", i, chunk) for group in groups for chunk in range(len(owners)) for i in group]
+    ranks = [[action for action in order if owners[action.chunk] == rank] for rank in range(pp)]
+    return _schedule("forward", micro_batches, owners, ranks)
+
+
 def _each(kind: Kind, micro_batches: int) -> list[tuple[Kind, int]]:
     return [(kind, index) for index in range(micro_batches)]
 

@@ -187,21 +187,28 @@ def check(schedule: Schedule) -> None:
 
 def transfers(schedule: Schedule, rank: int) -> list[Transfer]:
     """The messages a rank posts, in order: what an action needs before it, what it yields after it."""
-    posted = []
-    for action in schedule.ranks[rank]:
-        phase = _phase(action)
-        if phase is None:
-            continue
-        source, target = _source(schedule, action), _target(schedule, action)
-        if source is not None and schedule.owners[source] != rank:
-            peer = schedule.owners[source]
-            channel = Communicator(phase, "up" if peer < rank else "down")
-            posted.append(Transfer(channel, False, peer, action.micro_batch, source))
-        if target is not None and schedule.owners[target] != rank:
-            peer = schedule.owners[target]
-            channel = Communicator(phase, "up" if rank < peer else "down")
-            posted.append(Transfer(channel, True, peer, action.micro_batch, action.chunk))
-    return posted
+    return [end for action in schedule.ranks[rank] for end in action_ends(schedule, action) if end is not None]
+
+
+def action_ends(schedule: Schedule, action: Action) -> tuple[Transfer | None, Transfer | None]:
+    """The message that an action's rank receives before it and the one it sends after it, where another rank has part.
+
+    A forward-only schedule has those of its forwards.
+    """
+    phase, rank = _phase(action), schedule.owners[action.chunk]
+    if phase is None:
+        return None, None
+    receive = send = None
+    source, target = _source(schedule, action), _target(schedule, action)
+    if source is not None and schedule.owners[source] != rank:
+        peer = schedule.owners[source]
+        channel = Communicator(phase, "up" if peer < rank else "down")
+        receive = Transfer(channel, False, peer, action.micro_batch, source)
+    if target is not None and schedule.owners[target] != rank:
+        peer = schedule.owners[target]
+        channel = Communicator(phase, "up" if rank < peer else "down")
+        send = Transfer(channel, True, peer, action.micro_batch, action.chunk)
+    return receive, send
 
 
 def _check_transfers(schedule: Schedule) -> None:
