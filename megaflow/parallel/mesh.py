@@ -63,10 +63,11 @@ class ParallelContext:
         groups = {name: mesh.get_group(name) for name, size in sizes.items() if size > 1}
         grid = torch.arange(world).view(tuple(sizes.values()))
         data = grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"])
-        if sizes["dp"] > 1 and sizes["cp"] > 1:
+        if sizes["cp"] > 1:
+            # a group of its own even without dp: keys and values must not wait for gradients under way
             groups |= _group_of("data", data)
-        elif data.shape[1] > 1:
-            groups["data"] = groups["dp" if sizes["dp"] > 1 else "cp"]
+        elif sizes["dp"] > 1:
+            groups["data"] = groups["dp"]
         if parallel.pp > 1:
             pipelines = grid.flatten(1).T
             for name in PIPELINE_CHANNELS:

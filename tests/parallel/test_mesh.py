@@ -39,6 +39,15 @@ def test_the_embedding_group_is_the_ends_of_the_pipeline() -> None:
     assert [groups for _, groups in found] == [{"embedding": [0, 3]}, {}, {}, {"embedding": [0, 3]}]
 
 
+def shared_groups() -> bool:
+    ctx = ParallelContext.create(ParallelConfig(cp=2), "cpu")
+    return ctx.group("data") is ctx.group("cp")
+
+
+def test_keys_and_values_have_a_group_to_themselves() -> None:
+    assert run_ranks(2, shared_groups) == [False, False]
+
+
 def test_a_group_of_one_is_an_error() -> None:
     ctx = ParallelContext.single()
     with pytest.raises(RuntimeError, match="no tp group"):
