@@ -20,8 +20,8 @@ class ActivationBytes(NamedTuple):
     kept: int
     """From the forward pass to the backward pass: once for every layer and micro-batch under way."""
     working: int
-    """What the backward pass of the layer needs beside them at its widest point, SwiGLU: once for the rank. Tensors
-    computed again and gradients of activations; weight gradients are not counted."""
+    """What the backward pass of the layer needs beside them at its widest point: tensors computed again and gradients
+    of activations, its output's among them, not of weights. Once for the rank. Valid where F is at least 2 H."""
 
 
 def activation_bytes(
@@ -50,22 +50,30 @@ def activation_bytes(
     Nothing computed again, all of these are kept; selective, 2 e R H + qkv + gate_up; full, e R H. Attention by sdpa
     keeps its result twice; varlen repeats grouped keys and values for every head, and keeps no qkv then. With cp > 1 q
     and the keys and values of up to `T (2 cp + 1) / 2` tokens, gathered from the other ranks, stand for qkv.
+
+    The backward pass is widest at one of three places: SwiGLU; the product gate_up, whose input under sequence
+    parallelism is there whole, and its gradient too; the second norm, with what it has in fp32.
     """
     element = 4 if precision == "fp32" else 2
     rows = tokens // tp if sequence_parallel else tokens
     residual = rows * config.hidden_size * element
     norm = rows * (4 * config.hidden_size + 2 * element * config.hidden_size + STATISTIC)
+    shared = residual if precision == "fp32" else 0  # a norm keeps its input, or an fp32 copy
     feed_forward = tokens * config.intermediate_size * element // tp
     head = tokens * config.head_dim * element // tp
-    kept, keys_values = _attention_heads(config, cp, attention)
-    attended = kept * head + STATISTIC * tokens * config.num_heads // tp
-    everything = 2 * norm + attended + 4 * feed_forward
-    widest = residual + 2 * feed_forward  # gradients there, those of freed tensors off
+    heads, inputs = _attention_heads(config, cp, attention)
+    everything = 2 * norm + heads * head + STATISTIC * tokens * config.num_heads // tp + 4 * feed_forward
+
+    # at gate_up's product: the gradient of its whole input and that input, gathered; then this rank's part of the former
+    product = 2 * tokens * config.hidden_size * element + residual if sequence_parallel else residual
+    in_norm = rows * config.hidden_size * (12 if precision == "fp32" else 16) - 2 * feed_forward  # gate_up is gone
+    if recompute == "selective":
+        again = max(4 * feed_forward, norm - shared + max(product, in_norm))
+        return ActivationBytes(2 * residual + inputs * head + 2 * feed_forward, residual + again)
+    gradients = residual + max(2 * feed_forward, max(product, in_norm) - 2 * feed_forward)  # silu and result are gone
     if recompute == "none":
-        return ActivationBytes(everything, widest)
-    if recompute == "full":
-        return ActivationBytes(residual, everything - residual + widest)
-    return ActivationBytes(2 * residual + keys_values * head + 2 * feed_forward, 2 * feed_forward + widest)
+        return ActivationBytes(everything, gradients)
+    return ActivationBytes(residual, everything - shared + gradients)
 
 
 def _attention_heads(config: ModelConfig, cp: int, attention: str) -> tuple[int, int]:
