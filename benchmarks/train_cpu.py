@@ -40,6 +40,7 @@ from megaflow.optim.adamw import AdamW
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.parallel.parameters import FlatParameters
+from megaflow.parallel.runner import Pipeline
 from megaflow.train.metrics import LOSS, LOSS_TOKENS
 from megaflow.train.step import train_step
 
@@ -123,11 +124,12 @@ class Megaflow:
         parameters = FlatParameters(self.model, ParallelConfig())
         self.gradients = GradientBuffer(parameters, self.ctx, ParallelConfig())
         self.optimizer = AdamW(OPTIM, parameters, self.gradients)
+        self.pipeline = Pipeline(self.model, ParallelConfig())
 
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step; the mean loss before it."""
         outcome = train_step(
-            self.model, self.gradients, self.optimizer, batches, 1, OPTIM.lr, CLIP, self.ctx, stop=False
+            self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, CLIP, self.ctx, stop=False
         )
         loss, tokens = outcome.totals[0, [LOSS, LOSS_TOKENS]].tolist()
         return loss / tokens

@@ -5,30 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from megaflow.config import Config
-from megaflow.data.loader import heldout_batches
+from megaflow.data.loader import Batch, heldout_batches
 from megaflow.data.sources import Source
-from megaflow.model.llama import Llama
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.runner import Pipeline
 from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES, SourceTotals
 
 
-@torch.no_grad()
 def evaluate(
-    model: Llama, heldouts: Sequence[Source | None], config: Config, ctx: ParallelContext
+    pipeline: Pipeline, heldouts: Sequence[Source | None], config: Config, ctx: ParallelContext
 ) -> dict[str, dict[str, float]]:
     """Loss (nats per token) and bits per byte on the first `eval_sequences` windows of each source's held-out text.
 
     Bits per byte are bits per token with loss times tokens with loss per byte of text with loss, the latter over the
     whole held-out corpus. Sources without held-out documents (None) are left out. Equal on every rank.
     """
-    totals = SourceTotals(len(heldouts), ctx)
+    batches: list[Batch] = []
     for index, held in enumerate(heldouts):
         if held is None:
             continue
-        batches = heldout_batches(
+        batches += heldout_batches(
             held,
             config.train.micro_batch_size,
             ctx.dp,
@@ -39,10 +36,11 @@ def evaluate(
             ctx.cp,
             ctx.cp_rank,
         )
-        for batch in batches:
-            batch = batch.to(ctx.device)
-            totals.add(model.loss(batch), batch)
-    totals.reduce(ctx)
+    batches = [batch.to(ctx.device) for batch in batches]
+    totals = SourceTotals(len(heldouts), ctx)
+    for number, losses in pipeline.losses(batches).items():
+        totals.add(losses, batches[number])
+    totals.reduce()
     results = {}
     for held, row in zip(heldouts, totals.values.tolist(), strict=True):
         if held is None or not row[LOSS_TOKENS]:

@@ -11,14 +11,17 @@ from megaflow.checkpoint.background import CheckpointSaver
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.loader import Loader
 from megaflow.kernels.dispatch import select_ops
+from megaflow.model.chunks import chunks_of
 from megaflow.model.init import initialise, load_hf_weights
 from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
+from megaflow.model.recompute import recompute_layers
 from megaflow.optim.adamw import AdamW
 from megaflow.optim.learning_rate import learning_rate
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
 from megaflow.parallel.parameters import FlatParameters
+from megaflow.parallel.runner import Pipeline
 from megaflow.train.agreement import DigestCheck, check_history, compare_ledgers
 from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
@@ -31,16 +34,19 @@ from megaflow.train.state import TrainState
 from megaflow.train.step import train_step
 
 
-def build(run: Run, ctx: ParallelContext) -> tuple[Llama, GradientBuffer, TrainState]:
-    """Model, gradient buffer and state of a run, before its weights are set."""
+def build(run: Run, ctx: ParallelContext) -> tuple[Pipeline, GradientBuffer, TrainState]:
+    """This rank's chunks of the model, gradient buffer and state of a run, before its weights are set."""
     config = run.config
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = Llama(config.model, ctx, select_ops(ctx.device, dtype, config.kernels), dtype)
+    chunks = chunks_of(config.model, config.parallel, config.data.seq_length, ctx.pp_rank)
+    model = Llama(config.model, ctx, select_ops(ctx.device, dtype, config.kernels), dtype, chunks)
+    recompute_layers(model.layers, config.train.recompute, config.train.recompute_interval)
     parameters = FlatParameters(model, config.parallel)
     gradients = GradientBuffer(parameters, ctx, config.parallel)
     optimizer = AdamW(config.optim, parameters, gradients)
     totals = SourceTotals(len(run.sources), ctx)
-    return model, gradients, TrainState(run, placement(config.model, ctx), parameters, optimizer, totals)
+    state = TrainState(run, placement(config.model, ctx, chunks), parameters, optimizer, totals)
+    return Pipeline(model, config.parallel), gradients, state
 
 
 def restore(run: Run, model: Llama, state: TrainState, store: CheckpointStore, ctx: ParallelContext) -> None:
@@ -83,9 +89,9 @@ def train(run: Run, ctx: ParallelContext) -> bool:
     config, sampler = run.config, run.sampler
     compare_ledgers(run.dir, run.ledger, ctx)
     torch.manual_seed(config.train.seed)
-    model, gradients, state = build(run, ctx)
+    pipeline, gradients, state = build(run, ctx)
     store = CheckpointStore(run.dir / "checkpoints", ctx, config.checkpoint.keep)
-    restore(run, model, state, store, ctx)
+    restore(run, pipeline.model, state, store, ctx)
     if sampler.step >= config.train.steps:
         if ctx.rank == 0:
             print(f"{run.dir} is at step {sampler.step} of {config.train.steps}: nothing left to do", flush=True)
@@ -106,7 +112,7 @@ def train(run: Run, ctx: ParallelContext) -> bool:
             lr = learning_rate(config.optim, plan.step, config.train.steps)
             leave = stop.requested or saver.failed
             outcome = train_step(
-                model, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, leave
+                pipeline, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, leave
             )
             stopping = asked = bool(outcome.stop > 0)
             if samples is not None:
@@ -125,7 +131,7 @@ def train(run: Run, ctx: ParallelContext) -> bool:
                 state.save(saver)  # raises what the last one failed with
             saver.poll()
             if config.train.eval_interval and not stopping and (last or _due(plan.step, config.train.eval_interval)):
-                report.evaluation(plan.step, evaluate(model, run.heldouts, config, ctx))
+                report.evaluation(plan.step, evaluate(pipeline, run.heldouts, config, ctx))
     state.parameters.wait()  # a rank that leaves in the midst of a collective breaks the others'
     return stop.requested or not asked or sampler.step == config.train.steps
 

@@ -21,30 +21,33 @@ LOSS, LOSS_TOKENS, SEQUENCES = range(3)
 class SourceTotals:
     """Sums per source over micro-batches: loss (nats), tokens with loss, sequences.
 
-    Loss and tokens are those of this rank; a sequence that context-parallel ranks share is counted by the first.
-    `values` is `[sources, 3]` fp64 on the training device, so adding never waits for the host.
+    Their sum over all ranks is that of the global batch: losses that tensor-parallel ranks all have are counted by the
+    first of them, and so is a sequence of which context-parallel ranks have a part each. `values` is `[sources, 3]`
+    fp64 on the training device, so adding never waits for the host.
     """
 
     def __init__(self, num_sources: int, ctx: ParallelContext) -> None:
         self.values = torch.zeros(num_sources, 3, dtype=torch.float64, device=ctx.device)
-        self.counted = float(ctx.cp_rank == 0)
+        self.ctx = ctx
 
     def add(self, losses: Tensor, batch: Batch) -> None:
         """Adds one micro-batch; `losses` are per token `[B, S]`, 0 where there is no loss."""
+        if self.ctx.tp_rank > 0:
+            return
         rows = torch.stack(
             [
                 losses.sum(dim=1, dtype=torch.float64),
                 (batch.labels >= 0).sum(dim=1).double(),
-                torch.full((len(losses),), self.counted, dtype=torch.float64, device=losses.device),
+                torch.full_like(losses[:, 0], float(self.ctx.cp_rank == 0), dtype=torch.float64),
             ],
             dim=1,
         )
         self.values.index_add_(0, batch.sources, rows)
 
-    def reduce(self, ctx: ParallelContext) -> None:
-        """Sums over data- and context-parallel ranks: one all-reduce for every source's loss and counts."""
-        if ctx.data > 1:
-            dist.all_reduce(self.values, group=ctx.group("data"))
+    def reduce(self) -> None:
+        """Sums over all ranks: one all-reduce for every source's loss and counts."""
+        if self.ctx.world_size > 1:
+            dist.all_reduce(self.values)
 
 
 def mean_loss(row: list[float]) -> float | None:

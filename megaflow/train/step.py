@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaflow.data.loader import Batch
-from megaflow.model.llama import Llama
 from megaflow.optim.adamw import AdamW
 from megaflow.optim.clip import clip_scale
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
+from megaflow.parallel.runner import Pipeline
 from megaflow.train.metrics import LOSS_TOKENS, SourceTotals
 
 
@@ -32,7 +32,7 @@ class StepOutcome:
 
 
 def train_step(
-    model: Llama,
+    pipeline: Pipeline,
     gradients: GradientBuffer,
     optimizer: AdamW,
     batches: list[Batch],
@@ -45,27 +45,23 @@ def train_step(
     """Forward, backward, reduce, clip and update over this rank's micro-batches of one global batch.
 
     The loss is the sum over all tokens with loss in the global batch divided by their number, whatever rank or
-    micro-batch they fell to: gradients are summed undivided, and the division joins the clip factor.
+    micro-batch they fell to: gradients are summed undivided, and the division joins the clip factor. What ranks must
+    agree on, the totals, the squared norm and the request to stop, travels in one fp64 all-reduce over all of them.
     """
     gradients.zero()
     totals = SourceTotals(num_sources, ctx)
-    for number, batch in enumerate(batches, 1):
-        losses = model.loss(batch)
-        if number == len(batches):
-            gradients.final(gradients.parameters.parameters)
-        losses.sum().backward()
-        totals.add(losses.detach(), batch)
-
+    for index, losses in pipeline.train(batches, gradients).items():
+        totals.add(losses, batches[index])
     gradients.finish()
-    totals.reduce(ctx)
 
-    # fp64 sum of squares over all ranks; the request to stop travels with it
-    agreed = torch.stack([gradients.squared_norm().double(), torch.tensor(float(stop)).double().to(ctx.device)])
+    asked = torch.full((1,), float(stop), dtype=torch.float64, device=ctx.device)
+    agreed = torch.cat([totals.values.flatten(), gradients.squared_norm()[None], asked])
     if ctx.world_size > 1:
         dist.all_reduce(agreed)
-    loss_tokens = totals.values[:, LOSS_TOKENS].sum().clamp(min=1)
-    grad_norm = (agreed[0].sqrt() / loss_tokens).float()
+    values, (squared_norm, stopping) = agreed[:-2].view(num_sources, -1), agreed[-2:]
+    loss_tokens = values[:, LOSS_TOKENS].sum().clamp(min=1)
+    grad_norm = (squared_norm.sqrt() / loss_tokens).float()
     skipped = (~torch.isfinite(grad_norm)).float()
     scale = clip_scale(grad_norm, clip) / loss_tokens.float()
     optimizer.step(lr, scale, skipped)
-    return StepOutcome(totals.values, grad_norm, skipped, agreed[1])
+    return StepOutcome(values, grad_norm, skipped, stopping)

@@ -15,6 +15,7 @@ from megaflow.optim.learning_rate import learning_rate
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.parallel.parameters import FlatParameters
+from megaflow.parallel.runner import Pipeline
 from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES
 from megaflow.train.step import StepOutcome, train_step
 from tests.tiny import make_batch, tiny_model
@@ -35,7 +36,8 @@ def build(dtype: torch.dtype = torch.float32) -> tuple[Llama, GradientBuffer, Ad
 
 
 def step(model: Llama, gradients: GradientBuffer, optimizer: AdamW, clip: float = 0.0) -> StepOutcome:
-    return train_step(model, gradients, optimizer, batches(), 1, 1e-2, clip, ParallelContext.single(), False)
+    pipeline = Pipeline(model, ParallelConfig())
+    return train_step(pipeline, gradients, optimizer, batches(), 1, 1e-2, clip, ParallelContext.single(), False)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
