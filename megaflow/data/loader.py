@@ -58,8 +58,8 @@ class Batch:
         names = ("tokens", "labels", "positions", "cu_seqlens", "sources")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         if self.keys is not None:
-            moved = {name: change(getattr(self.keys, name)) for name in ("cu_seqlens", "index")}
-            changed["keys"] = replace(self.keys, **moved)
+            keys = self.keys
+            changed["keys"] = replace(keys, cu_seqlens=change(keys.cu_seqlens), index=change(keys.index))
         return replace(self, **changed)
 
 

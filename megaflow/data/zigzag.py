@@ -45,15 +45,15 @@ def local_columns(seq_length: int, cp: int, cp_rank: int) -> tuple[slice, slice]
 
 
 def cut_documents(
-    edges: npt.NDArray[np.integer], sequences: int, cp: int, cp_rank: int
+    cu_seqlens: npt.NDArray[np.int32], sequences: int, cp: int, cp_rank: int
 ) -> tuple[npt.NDArray[np.int32], int, Keys]:
-    """A rank's segments, given the edges `[D + 1]` of the documents in B sequences laid one after the other.
+    """A rank's segments, given the edges `[D + 1]` of the documents of B sequences laid one after the other.
 
     Returns:
         [N + 1] edges of the segments in the rank's own tokens, which lie sequence after sequence too; the longest
         segment; the keys.
     """
-    edges = edges.astype(np.int64)
+    edges: Int64Array = cu_seqlens.astype(np.int64)
     part = int(edges[-1]) // (sequences * 2 * cp)
     own_parts = np.array([cp_rank, 2 * cp - 1 - cp_rank])
     starts = part * (2 * cp * np.arange(sequences)[:, None] + own_parts).ravel()
