@@ -76,6 +76,7 @@ def join_and_train(run: Run, device: torch.device) -> bool:
     import torch.distributed as dist
 
     from megaflow.parallel.mesh import ParallelContext
+    from megaflow.train.launch import check_alike
     from megaflow.train.loop import train
 
     cuda, parallel = device.type == "cuda", run.config.parallel
@@ -85,6 +86,7 @@ def join_and_train(run: Run, device: torch.device) -> bool:
         return train(run, ParallelContext.single(device))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
+    check_alike(run, device)  # before any group is made: ranks of other layouts would wait in it for ever
     done = train(run, ParallelContext.create(parallel, device))
     dist.destroy_process_group()
     return done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,17 +17,6 @@ from megaflow.parallel.mesh import ParallelContext
 
 CHECKED_STEPS = 100  # at least, whose ids are planned again on resume; counters are replayed from the first step on
 FURTHEST = 10_000  # steps planned again at most: two seconds at 1024 sequences a step
-
-
-def compare_ledgers(run_dir: Path, ledger: Sequence[LedgerEntry], ctx: ParallelContext) -> None:
-    """Checks that all ranks read the same ledger at launch; collective. Raises UserError on every rank where not."""
-    if ctx.world_size == 1:
-        return
-    text = json.dumps([entry.to_json() for entry in ledger])
-    everyone: list[Any] = [None] * ctx.world_size
-    dist.all_gather_object(everyone, hashlib.sha256(text.encode()).hexdigest())
-    if len(set(everyone)) > 1:
-        raise UserError(f"{run_dir}/ledger.json: was changed while the ranks were reading it; launch the run again")
 
 
 class DigestCheck:
@@ -73,12 +61,17 @@ def _difference(everyone: list[list[tuple[int, int]]]) -> str:
             (usual, _), *_ = Counter(now).most_common(1)
             others = [rank for rank, found in enumerate(now) if found != usual]
             break
-    named = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
     return (
-        f"step {usual[0]}: rank{'s' * (len(others) > 1)} {named} planned other sequences than the other ranks (digest "
+        f"step {usual[0]}: {name_ranks(others)} planned other sequences than the other ranks (digest "
         f"{now[others[0]][1]:016x}, not {usual[1]:016x}); check those ranks' machines and resume from the last "
         "checkpoint"
     )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Such as `ranks 3, 4`; the first eight of many."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def check_history(ledger: list[LedgerEntry], state: dict[str, Any], metrics: Path) -> None:

@@ -22,7 +22,7 @@ from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.mesh import ParallelContext, on_main_rank
 from megaflow.parallel.parameters import FlatParameters
 from megaflow.parallel.runner import Pipeline
-from megaflow.train.agreement import DigestCheck, check_history, compare_ledgers
+from megaflow.train.agreement import DigestCheck, check_history
 from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
 from megaflow.train.metrics import SourceTotals
@@ -87,7 +87,6 @@ def train(run: Run, ctx: ParallelContext) -> bool:
     """
     stop = StopSignal()
     config, sampler = run.config, run.sampler
-    compare_ledgers(run.dir, run.ledger, ctx)
     torch.manual_seed(config.train.seed)
     pipeline, gradients, state = build(run, ctx)
     store = CheckpointStore(run.dir / "checkpoints", ctx, config.checkpoint.keep)

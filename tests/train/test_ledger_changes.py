@@ -10,16 +10,13 @@ import pytest
 
 from megaflow.config import Config
 from megaflow.config_load import dump_config, parse_config, read_yaml
-from megaflow.config_parallel import ParallelConfig
 from megaflow.data.sampler.ledger import LedgerEntry, append_entry, read_ledger, write_ledger
 from megaflow.data.sampler.schedule import Knot, compile_knots
 from megaflow.errors import UserError
-from megaflow.parallel.mesh import ParallelContext
 from megaflow.tools.data import change
-from megaflow.train.agreement import compare_ledgers
 from megaflow.train.run import Run, plan_run
 from megaflow.train.samples import read_samples
-from tests.distributed import RankError, run_ranks
+from tests.distributed import RankError
 from tests.train.runs import MakeConfig, killed, losses, planned_samples, run
 
 GROUPS = ["en", "zh", "parallel", "instruction"]
@@ -275,17 +272,3 @@ def test_a_ledger_that_somebody_else_changed_meanwhile_is_not_overwritten(make_c
     with pytest.raises(UserError, match="was changed meanwhile"):
         append_entry(path, read, replace(entry, why="mine"))
     assert read_ledger(path)[-1].why == "theirs"
-
-
-def test_ranks_that_read_different_ledgers_do_not_start(make_config: MakeConfig) -> None:
-    run(make_config("run", train__steps=4))
-    planned = run_planned(make_config("run"))
-
-    def rank_main() -> str:
-        ctx = ParallelContext.create(ParallelConfig(), "cpu")
-        ledger = planned.ledger if ctx.rank else [replace(planned.ledger[0], why="another")]
-        with pytest.raises(UserError) as caught:
-            compare_ledgers(planned.dir, ledger, ctx)
-        return str(caught.value)
-
-    assert all("launch the run again" in message for message in run_ranks(2, rank_main))
