@@ -42,7 +42,6 @@ class GradientBuffer:
 
     def __init__(self, parameters: FlatParameters, ctx: ParallelContext, parallel: ParallelConfig) -> None:
         self.parameters = parameters
-        self.deferred = parameters.model.deferred
         self.ctx = ctx
         self.cast = torch.bfloat16 if parallel.grad_reduce == "bf16" else torch.float32
         self.flat = torch.zeros_like(parameters.flat, dtype=torch.float32)
@@ -58,7 +57,7 @@ class GradientBuffer:
             if parameter.dtype == torch.float32:
                 parameter.grad = self.sums[name]
             parameter.register_post_accumulate_grad_hook(self._hook(name))
-        self.deferred.add = self.add
+        parameters.model.deferred.add = self.add
         self.zero()
 
     def zero(self) -> None:
@@ -70,8 +69,8 @@ class GradientBuffer:
     def final(self, names: Iterable[str]) -> None:
         """Announce that the next gradient of these parameters is the last of this step.
 
-        Norms, a tied embedding, what autograd brings while others are put off, and what was never announced are
-        reduced in `finish`.
+        Gradients that are put off must be announced after their backward pass, which autograd takes for a gradient
+        too. Norms, a tied embedding and what was never announced are reduced in `finish`.
         """
         self.closing.update(names)
 
@@ -118,8 +117,7 @@ class GradientBuffer:
             if parameter.dtype != torch.float32 and parameter.grad is not None:
                 main.add_(parameter.grad)
                 parameter.grad = None
-            if not self.deferred.collecting:  # autograd calls hooks for a gradient that was put off too
-                self._accumulated(name)
+            self._accumulated(name)
 
         return accumulated
 
@@ -138,6 +136,8 @@ class GradientBuffer:
         del self.awaited[bucket]
         if self.ctx.data == 1:
             return
+        if self.cast != self.flat.dtype and len(self.reductions) == CASTS_HELD:
+            self.reductions.pop(0).complete()
         whole = bucket.of(self.flat)
         sent, group = whole.to(self.cast), self.ctx.group("data")
         if self.parameters.shards > 1:
@@ -147,5 +147,3 @@ class GradientBuffer:
             result, work = sent, dist.all_reduce(sent, group=group, async_op=True)
         target = result if sent is whole else self.parameters.own_of(bucket, whole)
         self.reductions.append(_Reduction(Pending(result, work), target))
-        if sent is not whole and len(self.reductions) > CASTS_HELD:
-            self.reductions.pop(0).complete()

@@ -97,8 +97,7 @@ class FlatParameters:
         self.parameters = {name: named[name] for name in self.bucket_of}
         """Name to parameter, in the order of the flat tensor."""
         numel = sum(bucket.numel for bucket in self.buckets)
-        dtype = next((p.dtype for p in named.values()), torch.float32)
-        self.flat = torch.zeros(numel, dtype=dtype, device=self.ctx.device)
+        self.flat = torch.zeros(numel, dtype=model.dtype, device=self.ctx.device)
         """The storage `[N]`, padding included."""
         for name, view in self.views(self.flat).items():
             view.copy_(self.parameters[name].detach())
