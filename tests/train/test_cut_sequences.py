@@ -21,10 +21,10 @@ def records(config: Config, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_run_follows_one_process_and_resumes_without_the_cut(make_config: MakeConfig, world: int) -> None:
-    """cp 2, or dp 2 x cp 2, killed; then dp 2 to the end, from the checkpoint of step 4."""
-    whole, cut = make_config("whole", **STEPS), make_config("cut", **STEPS, parallel__cp=2)
+@pytest.mark.parametrize(("world", "pp"), [(2, 1), (4, 1), (4, 2)])
+def test_run_follows_one_process_and_resumes_without_the_cut(make_config: MakeConfig, world: int, pp: int) -> None:
+    """cp 2, dp 2 x cp 2 or pp 2 x cp 2, killed; then dp 2 to the end, from the checkpoint of step 4."""
+    whole, cut = make_config("whole", **STEPS), make_config("cut", **STEPS, parallel__cp=2, parallel__pp=pp)
     run(whole)
     killed(cut, world, rank=world - 1, step=7)
     resumed = make_config("cut", **STEPS)
