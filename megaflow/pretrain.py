@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from megaflow.train.run import Run
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+GLOO_SAYS = {
+    "by peer": "another rank has left; its own line, or torchrun's summary, says why",
+    "Timed out": "another rank has not answered within parallel.timeout: its machine, the network, or the rank hangs",
+}
+"""Words of errors of collectives, and what they mean."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -111,10 +116,10 @@ def main() -> int:
             print(f"error: {line}" if rank == 0 else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        if "by peer" not in str(error):  # gloo's words where another rank has left
+        said = next((meaning for words, meaning in GLOO_SAYS.items() if words in str(error)), None)
+        if said is None:
             raise
-        said = f"error: rank {rank}: another rank has left; its own line, or torchrun's summary, says why"
-        print(said, file=sys.stderr, flush=True)
+        print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130
