@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from megaflow.checkpoint import storage, store
+from megaflow.checkpoint.background import CheckpointSaver
 from megaflow.checkpoint.shards import Shards
 from megaflow.checkpoint.store import CheckpointStore, open_checkpoint, step_directories
 from megaflow.config_parallel import ParallelConfig
@@ -309,7 +310,7 @@ def test_a_committed_step_is_not_written_again(tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in files(tmp_path / "step-00000001")} == before
 
 
-def save_and_die(directory: Path, step: int, module: str, function: str, after: bool) -> None:
+def save_and_die(directory: Path, step: int, module: str, function: str, after: bool, asynchronous: bool) -> None:
     """Save, but be gone without clean-up just before or after the first call of a function."""
     owner = {"storage": storage, "store": store, "Path": Path, "os": os}[module]
     original = getattr(owner, function)
@@ -319,10 +320,13 @@ def save_and_die(directory: Path, step: int, module: str, function: str, after: 
             original(*args, **kwargs)
         os._exit(9)
 
+    saver = CheckpointSaver(CheckpointStore(directory), asynchronous, say=print)
     setattr(owner, function, die)
-    save(directory, 1, step)
+    with saver:
+        saver.save(step, whole(step), {"step": step, "consumed": {"en": [1, 2]}})
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("module", "function", "after", "committed"),
     [
@@ -336,11 +340,13 @@ def save_and_die(directory: Path, step: int, module: str, function: str, after: 
         ("store", "step_directories", False, 2),
     ],
 )
-def test_killed_while_saving(tmp_path: Path, module: str, function: str, after: bool, committed: int) -> None:
+def test_killed_while_saving(
+    tmp_path: Path, module: str, function: str, after: bool, committed: int, asynchronous: bool
+) -> None:
     save(tmp_path, 1, 1)
     pid = os.fork()
     if pid == 0:
-        save_and_die(tmp_path, 2, module, function, after)
+        save_and_die(tmp_path, 2, module, function, after, asynchronous)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert load(tmp_path, 1) == committed
