@@ -141,9 +141,9 @@ class GradientBuffer:
         whole = bucket.of(self.flat)
         sent, group = whole.to(self.cast), self.ctx.group("data")
         if self.parameters.shards > 1:
-            result = self.parameters.own_of(bucket, sent)
+            result = self.parameters.own_of(sent)
             work = collectives.reduce_scatter(result, sent, group=group, async_op=True)
         else:
             result, work = sent, dist.all_reduce(sent, group=group, async_op=True)
-        target = result if sent is whole else self.parameters.own_of(bucket, whole)
+        target = result if sent is whole else self.parameters.own_of(whole)
         self.reductions.append(_Reduction(Pending(result, work), target))

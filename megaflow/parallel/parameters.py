@@ -143,13 +143,13 @@ class FlatParameters:
                 start += parameter.numel()
         return views
 
-    def own_of(self, bucket: Bucket, values: Tensor) -> Tensor:
-        """The part of a bucket's values `[bucket.numel]` whose optimizer state is this rank's."""
+    def own_of(self, values: Tensor) -> Tensor:
+        """The part of a bucket's values `[numel]` whose optimizer state is this rank's."""
         return values.chunk(self.shards)[self.ctx.data_rank] if self.shards > 1 else values
 
     def own(self, flat: Tensor) -> list[Tensor]:
         """That part of each bucket of a flat tensor `[N]`."""
-        return [self.own_of(bucket, bucket.of(flat)) for bucket in self.buckets]
+        return [self.own_of(bucket.of(flat)) for bucket in self.buckets]
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """Of each bucket of a flat tensor the part that is this rank's among the data ranks, sharded or not."""
@@ -177,7 +177,7 @@ class FlatParameters:
             return
         for bucket in reversed(self.buckets):
             whole = bucket.of(self.flat)
-            own, group = self.own_of(bucket, whole), self.ctx.group("data")
+            own, group = self.own_of(whole), self.ctx.group("data")
             self.gathering[bucket] = Pending(whole, collectives.all_gather(whole, own, group=group, async_op=True))
 
     def wait(self, buckets: Iterable[Bucket] | None = None) -> None:

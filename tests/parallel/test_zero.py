@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from megaflow.parallel.parameters import FlatParameters
 from megaflow.parallel.runner import Pipeline
 from megaflow.train.step import train_step
 from tests.distributed import run_ranks
+from tests.live_bytes import LiveBytes
 from tests.tiny import make_batch, tiny_config, tiny_model
 
 STEPS, SEQUENCES, MICRO_BATCHES = 20, 8, 2
@@ -220,6 +222,29 @@ def test_copies_of_a_tied_embedding_are_summed_and_counted_once(zero: bool) -> N
     embedding = model.embed.weight.numel()
     rest = sum(p.numel() for p in model.parameters()) - embedding
     assert run_ranks(4, tied_apart, zero) == [(rest * 2.0**2 + embedding * 4.0**2, True)] * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero", "held"),
+    [
+        (torch.float32, True, 4 + 4 + 8 / 4),
+        (torch.float32, False, 4 + 4 + 8),
+        (torch.bfloat16, True, 2 + 4 + 12 / 4),
+        (torch.bfloat16, False, 2 + 4 + 12),
+    ],
+)
+def test_bytes_per_parameter(dtype: torch.dtype, zero: bool, held: float) -> None:
+    """What one of four data ranks holds: parameter, gradient sum, and its part of the moments and of bf16's master."""
+    ctx = ParallelContext(torch.device("cpu"), world_size=4, dp=4, dp_rank=1)
+    with LiveBytes() as live:
+        trainer = Trainer(Llama(tiny_config(), ctx, tiny_model().ops, dtype), ParallelConfig(zero=zero), SMALL)
+        gc.collect()
+        assert live.now / trainer.parameters.flat.numel() == pytest.approx(held, rel=1e-3)
+        assert trainer.parameters.flat.numel() == pytest.approx(trainer.parameters.numel, rel=0.01)
+        live.peak = live.now
+        initialise(trainer.model, 3, into=trainer.optimizer.set_master)
+        drawn = 2 * 4 * trainer.model.embed.weight.numel()  # a canonical tensor, and the parameter it is part of
+        assert live.peak - live.now <= 1.1 * drawn < 4 * trainer.parameters.numel  # never a whole copy
 
 
 def start_in_bf16() -> bool:
