@@ -16,6 +16,8 @@ class ParallelConfig(Section):
     """Tensor-parallel processes: each holds a part of every layer."""
     sequence_parallel: bool = False
     """Cut norms and residuals along the sequence over the tensor-parallel processes."""
+    symmetric_memory: bool = False
+    """Fuse products with their collectives over NVLink, under sequence parallelism; `megaflow doctor` says where."""
     cp: Size = 1
     """Context-parallel processes: each holds a part of every sequence."""
     pp: Size = 1
@@ -47,6 +49,12 @@ class ParallelConfig(Section):
                 f"layers_per_chunk has {len(self.layers_per_chunk)} numbers for {self.num_chunks} chunks (pp x "
                 "chunks); give one for each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _symmetric_memory(self) -> Self:
+        if self.symmetric_memory and not (self.sequence_parallel and self.tp > 1):
+            raise ValueError("symmetric_memory true without sequence_parallel over tp; set both, or leave it out")
         return self
 
     @property

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megaflow.config import ModelConfig
 from megaflow.kernels.dispatch import Ops
 from megaflow.kernels.rotary import rotary_tables
-from megaflow.model.recompute import Call, Recompute, plain, recomputed
 from megaflow.model.chunks import Chunks, whole_model
+from megaflow.model.recompute import Call, Recompute, plain, recomputed
 from megaflow.parallel.context_parallel import gather_keys_values
 from megaflow.parallel.layers import (
     ColumnParallelLinear,
@@ -276,7 +276,7 @@ class Llama(nn.Module):
         """A model of the same weights whose sequences need not be a multiple of tp long, for generation."""
         if not self.ctx.sequence_parallel:
             return self
-        meta = replace(self.ctx, sequence_parallel=False, device=torch.device("meta"))
+        meta = replace(self.ctx, sequence_parallel=False, symmetric_memory=False, device=torch.device("meta"))
         twin = Llama(self.config, meta, self.ops, self.dtype, self.chunks)
         twin.load_state_dict(self.state_dict(), assign=True)
         return twin

@@ -64,7 +64,7 @@ def activation_bytes(
     heads, inputs = _attention_heads(config, cp, attention)
     everything = 2 * norm + heads * head + STATISTIC * tokens * config.num_heads // tp + 4 * feed_forward
 
-    # at gate_up's product: the gradient of its whole input and that input, gathered; then this rank's part of the former
+    # at gate_up's product: its input, gathered, and the whole gradient of that; then this rank's part of the gradient
     product = 2 * tokens * config.hidden_size * element + residual if sequence_parallel else residual
     in_norm = rows * config.hidden_size * (12 if precision == "fp32" else 16) - 2 * feed_forward  # gate_up is gone
     if recompute == "selective":

@@ -17,8 +17,10 @@ from megaflow.parallel.mesh import ParallelContext
 from megaflow.parallel.regions import (
     all_gather_sequence,
     all_reduce,
+    gathered_product,
     leave_tensor_region,
     reduce_scatter_sequence,
+    summed_product,
 )
 from megaflow.parallel.vocabulary import vocabulary_rows
 
@@ -94,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """`x @ weight.T` with the collective of each direction under a matrix product of the backward pass.
+    """`x @ weight.T` whose collectives of the backward pass are each under a matrix product.
 
     Under sequence parallelism only this rank's part of x is kept, and gathered again for the weight gradient.
     """
@@ -105,8 +107,7 @@ class _ColumnParallel(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.parallel, ctx.deferred = weight, parallel, deferred
         ctx.save_for_backward(x)
-        whole = all_gather_sequence(x, parallel).wait() if parallel.sequence_parallel else x
-        return whole @ weight.T
+        return gathered_product(x, weight, parallel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -123,6 +124,30 @@ class _ColumnParallel(torch.autograd.Function):
 
         grad_weight = ctx.deferred.weight_gradient(ctx.weight, compute)
         return reducing.wait(), grad_weight, None, None
+
+
+class _RowParallel(torch.autograd.Function):
+    """`x @ weight.T`, summed over the ranks.
+
+    Under sequence parallelism the gradient is gathered once for both products, while x is made again where it was not
+    kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, parallel: ParallelContext, deferred: DeferredGradients
+    ) -> Tensor:
+        ctx.weight, ctx.parallel, ctx.deferred = weight, parallel, deferred
+        ctx.save_for_backward(x)
+        return summed_product(x, weight, parallel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gathering = all_gather_sequence(grads[0], ctx.parallel) if ctx.parallel.sequence_parallel else None
+        x = ctx.saved_tensors[0].detach()
+        grad = gathering.wait() if gathering else grads[0]
+        grad_weight = ctx.deferred.weight_gradient(ctx.weight, lambda: _outer(grad, x))
+        return grad @ ctx.weight, grad_weight, None, None
 
 
 def column_parallel_linear(
@@ -169,7 +194,9 @@ class RowParallelLinear(nn.Module):
         self.weight = empty_weight(out_features, parallel.tp_share(in_features), parallel, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave_tensor_region(_Linear.apply(x, self.weight, self.deferred), self.parallel)
+        if self.parallel.tp == 1:
+            return _Linear.apply(x, self.weight, self.deferred)
+        return _RowParallel.apply(x, self.weight, self.parallel, self.deferred)
 
 
 class VocabParallelEmbedding(nn.Module):

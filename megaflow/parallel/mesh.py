@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
+from megaflow.parallel import symmetric
 
 PIPELINE_CHANNELS = ("forward_up", "forward_down", "backward_up", "backward_down")
 """Groups of the pipeline ranks, one for each pass and direction, so that plain sends and receives never cross."""
@@ -41,6 +42,8 @@ class ParallelContext:
     tp_rank: int = 0
     sequence_parallel: bool = False
     """Norms and residuals are cut along the sequence over the tensor-parallel ranks."""
+    symmetric_memory: bool = False
+    """Products and collectives of the cut layers' forward pass are fused; with sequence parallelism only."""
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -54,7 +57,10 @@ class ParallelContext:
 
         Raises:
             ValueError: when pp x cp x tp does not divide the number of ranks.
+            UserError: parallel.symmetric_memory where there is none.
         """
+        if parallel.symmetric_memory and (missing := symmetric.missing(parallel.tp)):
+            raise UserError(f"parallel.symmetric_memory true: here it {missing}; leave it out")
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % parallel.replica:
             raise ValueError(f"pp x cp x tp = {parallel.replica} does not divide the {world} ranks")
@@ -73,12 +79,15 @@ class ParallelContext:
             for name in PIPELINE_CHANNELS:
                 groups |= _group_of(name, pipelines)
             groups |= _group_of("embedding", pipelines[:, [0, -1]])
+        if parallel.symmetric_memory:
+            symmetric.enable(groups["tp"])
         places = {f"{name}_rank": int((grid == rank).nonzero()[0, i]) for i, name in enumerate(sizes)}
         return cls(
             device=torch.device(device),
             rank=rank,
             world_size=world,
             sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+            symmetric_memory=parallel.symmetric_memory,
             groups=groups,
             **sizes,
             **places,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaflow.parallel import collectives
+from megaflow.parallel import collectives, symmetric
 from megaflow.parallel.mesh import ParallelContext
 
 
@@ -44,6 +44,21 @@ def reduce_scatter_sequence(x: Tensor, ctx: ParallelContext) -> Pending:
     """Start summing x `[S, ...]` over the ranks, each of which keeps its part `[S / tp, ...]`."""
     out = x.new_empty(ctx.tp_share(x.shape[0]), *x.shape[1:])
     return Pending(out, collectives.reduce_scatter(out, x.contiguous(), group=ctx.tp_group, async_op=True))
+
+
+def gathered_product(x: Tensor, weight: Tensor, ctx: ParallelContext) -> Tensor:
+    """`x @ weight.T`; under sequence parallelism of the ranks' parts of x `[S / tp, B, H]`, put together."""
+    if ctx.symmetric_memory:
+        return symmetric.gathered_product(x, weight, ctx.tp_group)
+    whole = all_gather_sequence(x, ctx).wait() if ctx.sequence_parallel else x
+    return whole @ weight.T
+
+
+def summed_product(x: Tensor, weight: Tensor, ctx: ParallelContext) -> Tensor:
+    """`x @ weight.T` summed over the ranks; under sequence parallelism each keeps its part `[S / tp, B, H]`."""
+    if ctx.symmetric_memory:
+        return symmetric.scattered_product(x, weight, ctx.tp_group)
+    return (reduce_scatter_sequence if ctx.sequence_parallel else all_reduce)(x @ weight.T, ctx).wait()
 
 
 class _ReduceFromTensorRegion(torch.autograd.Function):

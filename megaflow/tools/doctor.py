@@ -20,6 +20,7 @@ def doctor(
     from megaflow.data import native
     from megaflow.errors import UserError
     from megaflow.kernels.dispatch import describe
+    from megaflow.parallel import symmetric
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in dtypes:
@@ -36,6 +37,8 @@ def doctor(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(("", ""))
     rows += [(f"op {op}", f"{backend}: {reason}") for op, backend, reason in describe(device, dtypes[precision], {})]
+    missing = symmetric.missing(2)
+    rows.append(("symmetric memory", f"not available: {missing}" if missing else "for parallel.symmetric_memory"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         typer.echo(f"{name:<{width}}  {text}".rstrip())
