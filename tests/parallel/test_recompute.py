@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaflow.config import ModelConfig
 from megaflow.config_parallel import ParallelConfig
-from megaflow.data.loader import Batch
+from megaflow.data.loader import Batch, cut_batch
 from megaflow.model.llama import Layout, Llama
 from megaflow.model.memory import ActivationBytes, activation_bytes
 from megaflow.model.recompute import Recompute, recompute_layers
@@ -75,6 +75,61 @@ def differing_on_rank(parallel: ParallelConfig) -> list[list[tuple[str, int]]]:
 def test_no_bit_changes_over_tensor_parallel_ranks(sequence_parallel: bool) -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=sequence_parallel)
     assert run_ranks(2, differing_on_rank, parallel) == [[[], []]] * 2
+
+
+def differing_with_cut_sequences(parallel: ParallelConfig) -> list[tuple[str, int]]:
+    ctx = ParallelContext.create(parallel, "cpu")
+    given = make_batch([[7, 17, 8], [32]], torch.Generator().manual_seed(0))
+    return differing(tiny_model(tiny_config(num_layers=2), ctx), cut_batch(given, ctx.cp, ctx.cp_rank))
+
+
+def test_no_bit_changes_where_sequences_are_cut() -> None:
+    assert run_ranks(2, differing_with_cut_sequences, ParallelConfig(cp=2)) == [[], []]
+
+
+PRODUCT, ATTENTION = "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
+BACKWARD_CALLS = {"none": (8, 0), "selective": (8, 1), "full": (11, 1)}
+"""Matrix products and attentions in the backward pass of a layer: full, all products but the last are made again."""
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_computed_twice_that_need_not_be(kind: Recompute, deferred: bool) -> None:
+    model = tiny_model()
+    recompute_layers(model.layers, kind, 1)
+    given = make_batch([[16]], torch.Generator().manual_seed(0))
+    layout = model.layout(given)
+    out = model.layers["0"](torch.randn(16, 1, 32, requires_grad=True), layout, None)
+    with LiveBytes() as live:
+        if deferred:
+            with model.deferred.collect() as jobs:
+                out.backward(torch.ones_like(out))
+            for job in jobs:
+                job.run()
+        else:
+            out.backward(torch.ones_like(out))
+    assert (live.calls.count(PRODUCT), live.calls.count(ATTENTION)) == BACKWARD_CALLS[kind]
+
+
+def test_jobs_hold_no_more_than_without_recomputation() -> None:
+    """Of each product its input and the gradient of its output: less than what makes the input again."""
+    holding = {}
+    for kind in KINDS:
+        model = tiny_model()
+        recompute_layers(model.layers, kind, 1)
+        layout = model.layout(make_batch([[64], [64]], torch.Generator().manual_seed(0)))
+        leaf = torch.randn(64, 2, 32, requires_grad=True)
+        with LiveBytes() as live, model.deferred.collect() as jobs:
+            out = model.layers["0"](leaf * 1, layout, None)
+            out.backward(torch.ones_like(out))
+            del out
+            leaf.grad = None
+            model.zero_grad()
+            holding[kind] = live.now
+            assert len(jobs) == 4
+    # of qkv, out, gate_up and down
+    inputs, gradients = 32 + 32 + 32 + 48, 64 + 32 + 96 + 32
+    assert holding == dict.fromkeys(KINDS, 4 * 64 * 2 * (inputs + gradients))
 
 
 def test_interval_counts_layers_by_their_global_number() -> None:
