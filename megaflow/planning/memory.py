@@ -33,7 +33,7 @@ class RankMemory:
     activations: int
     """Kept between the passes of the micro-batches under way."""
     working: int
-    """Of the layer or the head in its backward pass: what is computed again, gradients of activations and of a weight."""
+    """Of a layer in its backward pass: what is computed again, gradients of activations, the gradient of a weight."""
     logits: int
     """Logits, and their fp32 copies in the loss."""
     buckets: int

@@ -17,11 +17,11 @@ from megaflow.planning.step import StepModel
 from megaflow.planning.work import Practice
 
 SOURCES = {
-    "dgxc": "NVIDIA/dgxc-benchmarking on GitHub, llama3.1, nemo_megatron and nemotron READMEs (NeMo 24.09 to 24.12, 2025)",
+    "dgxc": "NVIDIA/dgxc-benchmarking on GitHub, llama3.1, nemo_megatron, nemotron READMEs (NeMo 24.09 to 24.12, 2025)",
     "nemo": "NVIDIA NeMo user guide, performance summary, NeMo 24.07 (August 2024)",
     "flagperf": "FlagOpen/FlagPerf on GitHub, training/nvidia/*-megatron*/README.md (2024)",
     "korthikanti": "Korthikanti et al., arXiv 2205.05198, table 5 (May 2022)",
-    "qi": "Qi et al., arXiv 2401.10241, tables 3 and 4 (January 2024); the vocabulary, not given there, is taken for 50304",
+    "qi": "Qi et al., arXiv 2401.10241, tables 3 and 4 (January 2024); their vocabulary is not given: 50304 is taken",
 }
 
 NEMO = Practice(overlaps_tensor=True, overlaps_context=True, fuses_gradients=True, traffic=1)
@@ -100,7 +100,7 @@ def _row(
     fits: str | None = None,
     **cut: Any,
 ) -> Row:
-    """`chunks` above 1 means interleaved; layers are cut evenly and tp is with sequence parallelism, as Megatron does."""
+    """`chunks` above 1 means interleaved; layers are cut evenly, tp comes with sequence parallelism, as in Megatron."""
     pp, chunks = cut.get("pp", 1), cut.get("chunks", 1)
     cut.setdefault("schedule", "interleaved" if chunks > 1 else "1f1b")
     cut.setdefault("sequence_parallel", cut.get("tp", 1) > 1)
@@ -116,16 +116,20 @@ def rows() -> list[Row]:
 def _dgxc() -> list[Row]:
     """H100, bf16 and fp8, weak scaling."""
     found = []
-    mid, large = {"tp": 4, "pp": 4, "cp": 2, "chunks": 5}, {"tp": 8, "pp": 9, "cp": 2, "chunks": 7}
-    gpt, small, big = {"tp": 4, "pp": 8, "chunks": 12}, {"tp": 4, "micro_batch": 4}, {"tp": 8, "pp": 8, "chunks": 12}
-    for name, model, length, cut, times in (
+    mid: dict[str, Any] = {"tp": 4, "pp": 4, "cp": 2, "chunks": 5}
+    large: dict[str, Any] = {"tp": 8, "pp": 9, "cp": 2, "chunks": 7}
+    gpt: dict[str, Any] = {"tp": 4, "pp": 8, "chunks": 12}
+    small: dict[str, Any] = {"tp": 4, "micro_batch": 4}
+    big: dict[str, Any] = {"tp": 8, "pp": 8, "chunks": 12}
+    runs: list[tuple[str, ModelConfig, int, dict[str, Any], dict[int, tuple[int, float, float]]]] = [
         ("Llama 3.1 8B", LLAMA3_8B, 8192, {"cp": 2}, {8: (128, 12.91, 9.67), 128: (2048, 13.10, 9.82)}),
         ("Llama 3.1 70B", LLAMA3_70B, 8192, mid, {64: (128, 14.61, 10.46), 2048: (4096, 14.84, 10.99)}),
         ("Llama 3.1 405B", LLAMA3_405B, 8192, large, {576: (252, 17.20, 11.24), 2304: (1008, 17.62, 12.35)}),
         ("GPT-3 175B", GPT_175B, 2048, gpt, {128: (256, 8.309, 5.626), 2048: (4096, 8.49, 5.96)}),
         ("Nemotron-4 15B", NEMOTRON_15B, 4096, small, {16: (64, 2.812, 2.039), 2048: (8192, 2.887, 2.12)}),
         ("Nemotron-4 340B", NEMOTRON_340B, 4096, big, {128: (32, 4.61, 3.16), 2048: (512, 4.84, 3.49)}),
-    ):
+    ]
+    for name, model, length, cut, times in runs:
         for gpus, (batch, bf16, fp8) in times.items():
             first = name == "Llama 3.1 70B" and gpus == 64
             for kind, practice, seconds in (("bf16", NEMO, bf16), ("fp8", FP8, fp8)):
@@ -139,13 +143,14 @@ def _dgxc() -> list[Row]:
 
 def _llama2() -> list[Row]:
     """LLaMA-2 on H100 in NeMo, which is published in fp8 only."""
+    runs: list[tuple[str, ModelConfig, int, int, dict[str, Any]]] = [
+        ("7B", LLAMA2_7B, 8, 16634, {}),
+        ("13B", LLAMA2_13B, 16, 8715, {"pp": 4, "chunks": 10}),
+        ("70B", LLAMA2_70B, 64, 1717, {"tp": 4, "pp": 4, "chunks": 20}),
+    ]
     return [
         _row(f"LLaMA-2 {size} fp8", "nemo", model, 4096, 128, gpus, 128 * 4096 / rate / gpus, practice=FP8, **cut)
-        for size, model, gpus, rate, cut in (
-            ("7B", LLAMA2_7B, 8, 16634, {}),
-            ("13B", LLAMA2_13B, 16, 8715, {"pp": 4, "chunks": 10}),
-            ("70B", LLAMA2_70B, 64, 1717, {"tp": 4, "pp": 4, "chunks": 20}),
-        )
+        for size, model, gpus, rate, cut in runs
     ]
 
 

@@ -48,7 +48,7 @@ class StepModel:
 
     job: Job
     cluster: Cluster
-    practice: Practice = Practice()
+    practice: Practice
     _parts: dict[tuple[object, ...], Parts] = field(default_factory=dict)
 
     def estimate(self, layout: Layout, exact: bool = True) -> Step:
@@ -63,7 +63,8 @@ class StepModel:
         busy, costs = NOTHING, {}
         for held, number in Counter(chunks).items():
             passes = parts.of(held)
-            costs[held] = Costs(*(work.seconds for work in passes), message)
+            forward, backward_input, backward_weight = (work.seconds for work in passes)
+            costs[held] = Costs(forward, backward_input, backward_weight, message)
             for work in passes:
                 busy = busy.plus(work, number * micro_batches / layout.pp)
         by_chunk = [costs[held] for held in chunks]

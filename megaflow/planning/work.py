@@ -146,7 +146,7 @@ class Workload:
 
     def layer(self, recomputed: bool) -> Passes:
         """One transformer layer."""
-        model, layout, e = self.job.model, self.layout, self.job.element
+        model, layout = self.job.model, self.layout
         tokens, hidden = self.tokens, model.hidden_size
         kv = model.num_kv_heads * model.head_dim
         width, inner = (hidden + 2 * kv) / layout.tp, model.intermediate_size / layout.tp
