@@ -80,11 +80,16 @@ def ended(agents: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def lose_one_and_go_on(
-    config: Config, machines: list[Machine], folder: Path, cut: Callable[[], None], mend: Callable[[], None]
+    config: Config,
+    machines: list[Machine],
+    folder: Path,
+    number: signal.Signals = signal.SIGKILL,
+    cut: Callable[[], None] = lambda: None,
+    mend: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Trains on two machines, kills the second torchrun after a checkpoint, starts it again; what each has said.
+    """Trains on two machines, ends the second torchrun after a checkpoint, starts it again; what each has said.
 
-    `cut` is called just before it is killed, `mend` before it is started again.
+    `number` is the signal it gets; `cut` is called just before that, `mend` before it is started again.
     """
     file, logs = folder / "config.yaml", [folder / "first.log", folder / "second.log"]
     file.write_text(dump_config(config))
@@ -97,8 +102,8 @@ def lose_one_and_go_on(
         wait_for(lambda: len(step_directories(saved)) > 0, PATIENCE, logs)
         (rank,), (other,) = ranks_of(agents[1]), ranks_of(agents[0])
         cut()
-        agents[1].send_signal(signal.SIGKILL)
-        agents[1].wait()
+        agents[1].send_signal(number)
+        assert agents[1].wait() != 0
         wait_for(lambda: gone(rank) and gone(other), PATIENCE, logs)
         mend()
         agents.append(machines[1].start(file, endpoint, False, logs[1]))
@@ -112,8 +117,24 @@ def test_a_torchrun_that_is_killed_comes_back(make_config: MakeConfig, tmp_path:
     """Its rank ends with it, the other one notices at once, and both go on from the last checkpoint."""
     settings = {"train__steps": STEPS, "train__log_interval": 1, "checkpoint__interval": INTERVAL}
     config, expected = make_config("lost", **settings), make_config("undisturbed", **settings)
-    said = lose_one_and_go_on(config, [Machine(), Machine()], tmp_path, lambda: None, lambda: None)
+    said = lose_one_and_go_on(config, [Machine(), Machine()], tmp_path)
     assert ": another rank has left; its own line, or torchrun's summary, says why" in said[0]
+    assert "Traceback" not in said[0]
+    run(expected, 2)
+    assert losses(config) == losses(expected)
+    assert_bitwise_equal(config, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_is_asked_to_leave_saves_first(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The rank of the other one leaves with code 3, so that its torchrun waits instead of being done."""
+    settings = {"train__steps": STEPS, "train__log_interval": 1, "checkpoint__interval": INTERVAL}
+    config, expected = make_config("asked", **settings), make_config("undisturbed", **settings)
+    said = lose_one_and_go_on(config, [Machine(), Machine()], tmp_path, signal.SIGTERM)
+    stopped = int(said[0].split("starts after step ")[2].split()[0])
+    assert f"step {stopped}  saved " in said[0]
+    assert "(exitcode: 3)" in said[0]
     assert "Traceback" not in said[0]
     run(expected, 2)
     assert losses(config) == losses(expected)
@@ -158,7 +179,7 @@ def test_a_machine_that_falls_silent_comes_back(make_config: MakeConfig, tmp_pat
         def wire(state: str) -> None:
             ip("-n", str(hosts[1].namespace), "link", "set", "wire", state)
 
-        said = lose_one_and_go_on(config, hosts, tmp_path, lambda: wire("down"), lambda: wire("up"))
+        said = lose_one_and_go_on(config, hosts, tmp_path, signal.SIGKILL, lambda: wire("down"), lambda: wire("up"))
     assert "error: rank 0: another rank has not answered within parallel.timeout" in said[0]
     assert "Traceback" not in said[0]
     run(expected, 2)
