@@ -78,6 +78,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4": {"tp": 4, "sequence_parallel": True},
     "dp4 not sharded": {"zero": False},
     "pp2 x dp2": {"pp": 2},
+    "dp2 x cp2": {"cp": 2},
     "tp2 x cp2": {"tp": 2, "cp": 2},
 }
 
