@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from megaflow.config_data import DataConfig
 from megaflow.config_parallel import ParallelConfig
-from megaflow.config_section import Positive, Section, Size, divisors, nearest
+from megaflow.config_section import Positive, Section, Size, divisors, looks_at_files, nearest
 from megaflow.errors import UserError
 from megaflow.parallel.schedule import make_schedule
 
@@ -56,7 +56,7 @@ class ModelConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _shape(self) -> Self:
+    def _shape(self, info: ValidationInfo) -> Self:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not an even multiple of num_heads {self.num_heads}; "
@@ -67,7 +67,7 @@ class ModelConfig(Section):
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
                 f"nearest num_kv_heads: {nearest(self.num_kv_heads, divisors(self.num_heads))}"
             )
-        if self.weights and not Path(self.weights).is_dir():
+        if self.weights and looks_at_files(info) and not Path(self.weights).is_dir():
             raise ValueError(f"weights {self.weights!r} is not a folder; give one with config.json and *.safetensors")
         return self
 

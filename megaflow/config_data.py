@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megaflow.config_section import Epochs, Positive, Section, Weight
+from megaflow.config_section import Epochs, Positive, Section, Weight, looks_at_files
 from megaflow.data.corpus.prefixes import expand, filesystem, is_url
 from megaflow.errors import UserError
 
@@ -40,8 +40,10 @@ class SourceConfig(Section):
 
     @field_validator("path")
     @classmethod
-    def _files(cls, path: str | list[str]) -> str | list[str]:
+    def _files(cls, path: str | list[str], info: ValidationInfo) -> str | list[str]:
         """What is at URLs is looked at when the corpora are opened."""
+        if not looks_at_files(info):
+            return path
         try:
             for entry in [path] if isinstance(path, str) else path:
                 if is_url(entry):
@@ -180,8 +182,8 @@ class DataConfig(Section):
 
     @field_validator("tokenizer")
     @classmethod
-    def _tokenizer_file(cls, path: str) -> str:
-        if not Path(path).is_file():
+    def _tokenizer_file(cls, path: str, info: ValidationInfo) -> str:
+        if looks_at_files(info) and not Path(path).is_file():
             raise ValueError(f"no file {path}; give a SentencePiece .model or a tokenizer.json")
         return path
 

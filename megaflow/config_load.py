@@ -121,21 +121,24 @@ def _line(error: ErrorDetails) -> str:
     return f"{key}: {error['input']!r}: {message}"
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """The config in a YAML file with `section.key=value` overrides applied.
+def load_config(path: str | Path | None, overrides: list[str] | None = None, files: bool = True) -> Config:
+    """The config in a YAML file with `section.key=value` overrides applied; `files` as in `parse_config`.
 
     Raises UserError with one line per problem, each naming the key, the value, the reason and a valid choice.
     """
     tree = read_yaml(Path(path)) if path is not None else {}
     for override in overrides or []:
         apply_override(tree, override)
-    return parse_config(tree, str(path) if path is not None else "config")
+    return parse_config(tree, str(path) if path is not None else "config", files)
 
 
-def parse_config(tree: dict[str, Any], name: str) -> Config:
-    """The config in a tree of plain values; `name` says in messages where it came from."""
+def parse_config(tree: dict[str, Any], name: str, files: bool = True) -> Config:
+    """The config in a tree of plain values; `name` says in messages where it came from.
+
+    `files`: corpora, tokenizer and weights must be on this machine.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"files": files})
     except ValidationError as error:
         raise UserError("\n".join(f"{name}: {_line(detail)}" for detail in error.errors())) from None
 

@@ -27,6 +27,11 @@ def nearest(value: int, choices: list[int]) -> str:
     return " or ".join(str(c) for c in below + above)
 
 
+def looks_at_files(info: ValidationInfo) -> bool:
+    """Whether files that a config names must be there; a plan of a run elsewhere says `{"files": False}`."""
+    return info.context is None or info.context.get("files", True)
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, field docstrings are the help."""
 

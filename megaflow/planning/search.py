@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megaflow.config_section import divisors
+from megaflow.errors import UserError
 from megaflow.planning.cluster import Cluster
 from megaflow.planning.layout import Job, Layout, Recompute
 from megaflow.planning.memory import RESERVED, RankMemory, memory
@@ -15,6 +16,7 @@ from megaflow.planning.work import Practice
 MOST_CP = 16
 MOST_CHUNKS = 8
 MICRO_BATCHES = (1, 2, 4, 8)
+KINDS: tuple[Recompute, ...] = ("none", "selective", "full")
 REFINED = 4
 """Times the layouts asked for whose steps are simulated, after all were ranked by closed formulas."""
 
@@ -26,6 +28,15 @@ class Wanted:
     micro_batch: int | None = None
     recompute: Recompute | None = None
     zero: bool = True
+
+    @classmethod
+    def parse(cls, micro_batch: int | None, recompute: str | None, zero: bool) -> Wanted:
+        """From a user's words; UserError when they mean nothing."""
+        if micro_batch is not None and micro_batch < 1:
+            raise UserError(f"micro-batch size {micro_batch}: must be at least 1")
+        if recompute not in (None, *KINDS):
+            raise UserError(f"recompute {recompute!r}: choose one of {', '.join(KINDS)}")
+        return cls(micro_batch, next((kind for kind in KINDS if kind == recompute), None), zero)
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,9 @@ def legal(job: Job, cluster: Cluster, wanted: Wanted) -> Iterator[Layout]:
 
 
 def _batched(job: Job, base: Layout, wanted: Wanted) -> Iterator[Layout]:
-    kinds: tuple[Recompute, ...] = ("none", "selective", "full")
     for micro_batch in MICRO_BATCHES if wanted.micro_batch is None else (wanted.micro_batch,):
         if job.global_batch % (base.dp * micro_batch) == 0:
-            for recompute in kinds if wanted.recompute is None else (wanted.recompute,):
+            for recompute in KINDS if wanted.recompute is None else (wanted.recompute,):
                 yield replace(base, micro_batch=micro_batch, recompute=recompute)
 
 

@@ -81,7 +81,7 @@ class StepModel:
             "element-wise": busy.memory,
             "tensor parallel": busy.tensor,
             "context parallel": busy.context,
-            "bubble": pipeline - busy.seconds,
+            "bubble": max(0.0, pipeline - busy.seconds),
             "gradients": gradients,
             "parameters": gathered,
             "update": update,

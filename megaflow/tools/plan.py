@@ -1,129 +1,187 @@
-"""`megaflow plan`: what a pipeline schedule costs, and how it looks."""
+"""`megaflow plan`: what a run would cost on a cluster, and what a pipeline schedule costs and looks like."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megaflow.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from rich.console import RenderableType
 
-    from megaflow.parallel.schedule import Kind
+    from megaflow.config import Config
     from megaflow.parallel.simulator import Timeline
+    from megaflow.planning.cluster import Cluster
 
 MOST_PASSES = 250_000
 """Micro-batches times chunks of all ranks that are still laid out within seconds."""
-
-COLOURS: dict[Kind, str] = {
-    "forward": "#5b8def",
-    "backward": "#2fa37c",
-    "backward_input": "#f0a63c",
-    "backward_weight": "#c65b7c",
-}
-NAMES: dict[Kind, str] = {
-    "forward": "forward",
-    "backward": "backward (both gradients)",
-    "backward_input": "input gradient",
-    "backward_weight": "weight gradient",
-}
-DIGIT_INCHES = 0.065
+WIDTH = 140
+"""Columns of a table where the output is no terminal."""
 
 
 def plan(
+    overrides: Annotated[list[str] | None, typer.Argument(help="With --config: section.key=value")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of the run to plan.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40, h100, h200, h800, l40s or rtx4090.")] = "h100",
+    nodes_of: Annotated[int, typer.Option(help="GPUs per node.")] = 8,
+    network: Annotated[float | None, typer.Option(help="Gbit/s between nodes, for each GPU.")] = None,
+    matmul: Annotated[float | None, typer.Option(help="Share of the peak that matrix products reach.")] = None,
+    best: Annotated[int, typer.Option(help="Layouts to list.")] = 8,
+    micro_batch: Annotated[int | None, typer.Option(help="Only this micro-batch size.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="Only this: none, selective or full.")] = None,
+    layout: Annotated[bool, typer.Option("--layout", help="The config's own layout in detail.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Published step times, predicted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     schedule: Annotated[str, typer.Option(help="gpipe, 1f1b, interleaved, zb_h1 or zb_v.")] = "1f1b",
     pp: Annotated[int, typer.Option(help="Pipeline ranks.")] = 4,
     micro_batches: Annotated[int, typer.Option(help="Micro-batches per step.")] = 8,
     chunks: Annotated[int | None, typer.Option(help="Chunks per rank; none: as few as the schedule has.")] = None,
     draw: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
 ) -> None:
-    """Print the bubble and the peak activations of a pipeline schedule, and draw it.
+    """Predict memory, step time and MFU of the layouts of a run, or show what a pipeline schedule costs.
 
-    Forward, input gradient and weight gradient of a chunk take one unit of time each; transfers take none.
+    With --config: the fastest layouts that fit (or --layout: its own, in detail) on --gpus of a --gpu; --draw draws
+    memory by pipeline rank and time by part. Without it: bubble and peak activations of a --schedule, in which forward,
+    input gradient and weight gradient of a chunk take one unit of time each and transfers none; --draw draws it.
     """
+    if published:
+        _published(as_json)
+    elif config is not None:
+        from megaflow.config_load import load_config
+
+        cluster = _cluster(gpu, gpus, nodes_of, network, matmul)
+        _plan_run(
+            load_config(config, overrides, files=False), cluster, best, micro_batch, recompute, layout, as_json, draw
+        )
+    else:
+        if overrides:
+            raise UserError(f"{overrides[0]!r}: only with --config; give the run's YAML")
+        _schedule(schedule, pp, micro_batches, chunks, draw)
+
+
+def _plan_run(
+    config: Config,
+    cluster: Cluster,
+    best: int,
+    micro_batch: int | None,
+    recompute: str | None,
+    own: bool,
+    as_json: bool,
+    draw: Path | None,
+) -> None:
+    """The search, or the config's own layout."""
+    from megaflow.planning.drawing import draw_plans
+    from megaflow.planning.layout import Job, Layout
+    from megaflow.planning.memory import RESERVED
+    from megaflow.planning.report import detail, ranking, values
+    from megaflow.planning.search import Wanted, plan_of, search
+    from megaflow.planning.step import StepModel
+    from megaflow.planning.work import Practice
+
+    job = Job.of(config)
+    if own:
+        plans = [plan_of(StepModel(job, cluster, Practice()), Layout.of(config, cluster.gpus))]
+        lines = detail(plans[0], job, cluster)
+        tree: dict[str, Any] = values(plans[0], job)
+    else:
+        if best < 1:
+            raise UserError(f"--best {best}: must be at least 1")
+        found = search(job, cluster, best, Wanted.parse(micro_batch, recompute, config.parallel.zero))
+        plans, lines = found.best, ranking(found, cluster)
+        tree = {
+            "best": [values(plan, job) for plan in plans],
+            "fitting": found.fitting,
+            "too_large": found.too_large,
+            "nearest": values(found.nearest, job) if found.nearest else None,
+        }
+        if not plans and found.nearest is None:
+            raise UserError(
+                f"no layout of {cluster.gpus} GPUs divides train.global_batch_size {job.global_batch} and the model; "
+                "take another number of GPUs or another batch"
+            )
+    _print(lines, tree if as_json else None)
+    if draw is not None and plans:
+        draw_plans(plans, cluster.gpu.memory - RESERVED, draw)
+        typer.echo(draw, err=as_json)
+
+
+def _published(as_json: bool) -> None:
+    from megaflow.planning.published import rows
+    from megaflow.planning.report import published_table
+
+    found = rows()
+    tree = [
+        {"name": row.name, "source": row.source, "gpu": row.gpu, "gpus": row.layout.gpus, "layout": row.layout.title}
+        | {"seconds": row.seconds, "predicted": row.predicted, "miss": row.miss, "fits": row.fits}
+        for row in found
+    ]
+    _print(published_table(found), tree if as_json else None)
+
+
+def _schedule(name: str, pp: int, micro_batches: int, chunks: int | None, draw: Path | None) -> None:
     from megaflow.parallel.schedule import make_schedule
     from megaflow.parallel.simulator import simulate
+    from megaflow.planning.drawing import draw_schedule
 
     if pp * max(micro_batches, 2 * pp) * (chunks or 2) > MOST_PASSES:
         raise UserError(f"--pp {pp} --micro-batches {micro_batches}: too many actions to lay out; take fewer")
-    timeline = simulate(make_schedule(schedule, pp, micro_batches, chunks))
+    timeline = simulate(make_schedule(name, pp, micro_batches, chunks))
     for line in summary(timeline):
         typer.echo(line)
     if draw is not None:
-        write_picture(timeline, draw)
+        draw_schedule(timeline, draw)
         typer.echo(draw)
 
 
 def summary(timeline: Timeline) -> list[str]:
     """Bubble and peak activations in words; activations in micro-batches through all the layers of a rank."""
-    schedule = timeline.schedule
-    peaks = [peak / schedule.chunks_per_rank for peak in timeline.peak_activations]
+    from megaflow.planning.drawing import schedule_title
+
+    peaks = [peak / timeline.schedule.chunks_per_rank for peak in timeline.peak_activations]
     most, least = (f"{peak(peaks):g} (rank {peaks.index(peak(peaks))})" for peak in (max, min))
     return [
-        _title(timeline),
+        schedule_title(timeline),
         f"bubble: {timeline.bubble:.1%} of a step at whose end all ranks wait for each other; "
         f"{timeline.inner_bubble:.1%} between a rank's first action and its last",
         f"peak activations, in micro-batches through a rank's layers: most {most}, least {least}",
     ]
 
 
-def _title(timeline: Timeline) -> str:
-    schedule = timeline.schedule
-    sizes = f"pp {schedule.pp}, micro-batches {schedule.micro_batches}, chunks per rank {schedule.chunks_per_rank}"
-    return f"{schedule.name}, {sizes}"
+def _cluster(gpu: str, gpus: int, node: int, network: float | None, matmul: float | None) -> Cluster:
+    """The cluster that the options describe."""
+    from dataclasses import replace
+
+    from megaflow.planning.cluster import GPUS, Cluster
+
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu!r}: there is no data sheet of it here; choose one of {', '.join(GPUS)}")
+    for name, value in (("--gpus", gpus), ("--nodes-of", node), ("--network", network), ("--matmul", matmul)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} {value}: must be above 0")
+    if gpus > node and gpus % node:
+        raise UserError(f"--gpus {gpus}: is no multiple of --nodes-of {node}; give whole nodes")
+    kind = GPUS[gpu]
+    if network is not None:
+        kind = replace(kind, network=network * 1e9 / 8)
+    if matmul is not None:
+        kind = replace(kind, efficiency=replace(kind.efficiency, matmul=matmul))
+    return Cluster(kind, gpus, min(node, gpus))
 
 
-def write_picture(timeline: Timeline, target: Path) -> None:
-    """Draws a row per rank over time; UserError when the file cannot be written."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+def _print(lines: list[RenderableType], tree: Any) -> None:
+    """The lines, or the tree as JSON where there is one."""
+    from rich.console import Console
 
-    if target.is_dir():
-        raise UserError(f"{target}: is a folder; name a PNG in it")
-    schedule = timeline.schedule
-    size = min(max(0.2 * timeline.duration, 9), 40), min(0.3 * schedule.pp, 24) + 1.6
-    figure = Figure(figsize=size, layout="constrained")
-    axis = figure.subplots()
-    _draw_ranks(axis, timeline, inches_per_unit=0.9 * size[0] / timeline.duration)
-    kinds = {action.kind for actions in schedule.ranks for action in actions}
-    figure.legend(
-        handles=[Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS if kind in kinds],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
-    shades = " (the lighter, the later the chunk)" if schedule.chunks_per_rank > 1 else ""
-    axis.set_title(f"{_title(timeline)}: bubble {timeline.bubble:.1%}{shades}")
-    beside = target.with_name(f".tmp-{target.name}")
-    try:
-        figure.savefig(beside, dpi=120, format="png")
-        beside.replace(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); give another --draw") from None
-
-
-def _draw_ranks(axis: Axes, timeline: Timeline, inches_per_unit: float) -> None:
-    """The actions as bars, with the number of the micro-batch where there is room for it."""
-    from matplotlib.colors import to_rgb
-
-    schedule = timeline.schedule
-    line = 0.3 if inches_per_unit > 0.05 else 0  # thin bars would be all edge
-    digits = len(str(schedule.micro_batches - 1))
-    for rank, actions in enumerate(schedule.ranks):
-        held = sorted({action.chunk for action in actions})
-        bars: dict[tuple[Kind, int], list[tuple[float, float]]] = {}
-        for action, start, end in zip(actions, timeline.starts[rank], timeline.ends[rank], strict=True):
-            bars.setdefault((action.kind, action.chunk), []).append((start, end - start))
-            if (end - start) * inches_per_unit > DIGIT_INCHES * digits + 0.03:
-                middle = (start + end) / 2
-                axis.text(middle, rank, str(action.micro_batch), ha="center", va="center", fontsize=6.5)
-        for (kind, chunk), spans in bars.items():
-            lighter = 0.6 * held.index(chunk) / len(held)
-            colour = [part + (1 - part) * lighter for part in to_rgb(COLOURS[kind])]
-            axis.broken_barh(spans, (rank - 0.45, 0.9), color=colour, edgecolor="white", linewidth=line)
-    axis.set(xlim=(0, timeline.duration), ylim=(schedule.pp - 0.5, -0.5), ylabel="rank")
-    axis.set_xlabel("time (forward of a chunk = input gradient = weight gradient = 1)")
-    axis.set_yticks(range(0, schedule.pp, -(-schedule.pp // 20)))
+    if tree is not None:
+        typer.echo(json.dumps(tree, indent=1))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for line in lines:
+        console.print(line)

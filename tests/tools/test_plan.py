@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from megaflow.parallel.schedule import Kind
+from megaflow.planning.drawing import COLOURS
 from megaflow.tools.cli import main
-from megaflow.tools.plan import COLOURS
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
