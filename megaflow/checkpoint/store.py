@@ -96,13 +96,18 @@ class Checkpoint:
         return sorted(self.manifest.tensors)
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, assembled from its blocks."""
+        """The whole tensor, assembled from its blocks. Raises UserError where a run that goes on has removed it."""
         record = self.manifest.tensors[name]
         tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype])
         for block in record.blocks:
             cut = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            with safe_open(self.path / block.file, framework="pt") as file:
-                tensor[cut].copy_(file.get_tensor(block_key(name, block.offset)))
+            try:
+                with safe_open(self.path / block.file, framework="pt") as file:
+                    tensor[cut].copy_(file.get_tensor(block_key(name, block.offset)))
+            except OSError:
+                raise UserError(
+                    f"{self.path}: was removed while it was read: its run keeps checkpoint.keep checkpoints; read again"
+                ) from None
         return tensor
 
 

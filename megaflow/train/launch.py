@@ -60,7 +60,8 @@ def check_alike(run: Run, device: torch.device) -> None:
 
 def facts_of(run: Run, device: torch.device) -> Facts:
     """What this rank was started with."""
-    config, manifests = run.config, {}
+    config = run.config
+    manifests: dict[str, str] = {}
     for entry in run.ledger:
         manifests |= entry.manifests
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -178,6 +178,15 @@ def test_reader_assembles_tensors_and_shows_the_manifest(tmp_path: Path) -> None
         assert checkpoint.manifest.step == 3
 
 
+def test_a_checkpoint_that_is_pruned_under_its_reader_is_one_line(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"a": torch.zeros(3)}, {})
+    reader = open_checkpoint(tmp_path)
+    for step in (2, 3):
+        store.save(step, {"a": torch.zeros(3)}, {})
+    assert error_of(reader.read, "a").startswith(f"{tmp_path}/step-00000001: was removed while it was read")
+
+
 def test_240_flipped_bits_none_silent(tmp_path: Path) -> None:
     run_ranks(4, save, tmp_path, 2, 1)
     run_ranks(4, save, tmp_path, 2, 2)
