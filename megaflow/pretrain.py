@@ -90,7 +90,16 @@ def join_and_train(run: Run, device: torch.device) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return train(run, ParallelContext.single(device))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout), device_id=device if cuda else None)
+    timeout = timedelta(seconds=parallel.timeout)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+    except dist.DistError as error:
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+        given, why = " ".join(f"{name}={os.environ.get(name)}" for name in names), str(error).splitlines()[0]
+        raise UserError(
+            f"cannot join the other processes ({given}): {why.rstrip('.')}; start all WORLD_SIZE of them, with one "
+            "master, within parallel.timeout"
+        ) from None
     check_alike(run, device)  # before any group is made: ranks of other layouts would wait in it for ever
     done = train(run, ParallelContext.create(parallel, device))
     dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaflow import pretrain
 from megaflow.config import Config
 from megaflow.config_load import dump_config
 from megaflow.errors import UserError
@@ -126,15 +129,42 @@ def test_the_machine_is_named_where_there_are_several() -> None:
     assert launch.difference(facts[:1], ["one"]) is None
 
 
+def alone(config_file: Path) -> tuple[int, str]:
+    """What the first of two processes ends with when the other one does not come."""
+    said = io.StringIO()
+    dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["pretrain.py", "--config", str(config_file), "parallel.timeout=1"])
+        code = pretrain.main()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for whoever started this rank
+    return code, said.getvalue()
+
+
+def test_a_process_that_waits_in_vain_for_the_others_says_so(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(make_config("run")))
+    ((code, said),) = run_ranks(1, alone, tmp_path / "config.yaml")
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith("error: cannot join the other processes (MASTER_ADDR=127.0.0.1 MASTER_PORT=")
+    assert "RANK=0 WORLD_SIZE=2): Timed out after" in line
+    assert "1/2 clients joined; start all WORLD_SIZE of them" in line
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def test_two_processes_with_other_layouts_leave_with_one_line(make_config: MakeConfig, tmp_path: Path) -> None:
     """Started as torchrun starts them; without the comparison they would wait for each other's groups."""
     config = make_config("run")
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [
