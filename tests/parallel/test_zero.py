@@ -1,9 +1,8 @@
-"""ZeRO-1: every way to share out the optimizer state gives the run of one process, and its collectives overlap."""
+"""ZeRO-1: every way to share out the optimizer state gives the run of one process."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,64 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaflow.config import ModelConfig, OptimConfig
+from megaflow.config import ModelConfig
 from megaflow.config_parallel import ParallelConfig
-from megaflow.data.loader import Batch
 from megaflow.model.chunks import Chunk
 from megaflow.model.init import initialise
 from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
-from megaflow.optim.adamw import AdamW
-from megaflow.parallel import collectives
-from megaflow.parallel.gradients import CASTS_HELD, GradientBuffer
 from megaflow.parallel.mesh import ParallelContext
-from megaflow.parallel.parameters import FlatParameters
-from megaflow.parallel.runner import Pipeline
-from megaflow.train.step import train_step
 from tests.distributed import run_ranks
 from tests.live_bytes import LiveBytes
-from tests.tiny import make_batch, tiny_config, tiny_model
+from tests.parallel.trainer import SMALL, Trainer, micro_batches
+from tests.tiny import tiny_config, tiny_model
 
-STEPS, MICRO_BATCHES = 20, 4
-SMALL = 12 << 10
-"""Bytes of a bucket: the first ones hold one matrix, the smaller matrices share some."""
-OPTIM = OptimConfig(lr=3e-3)
-
-
-def micro_batches(step: int, ctx: ParallelContext) -> list[Batch]:
-    """This rank's of a step: four in one process, two of two ranks, one of four."""
-    generator = torch.Generator().manual_seed(step)
-    batches = [make_batch([[5, 11], [16]], generator, masked=0.2 * i) for i in range(MICRO_BATCHES)]
-    return batches[ctx.dp_rank :: ctx.dp]
-
-
-class Trainer:
-    """A model in its buffers with its optimizer."""
-
-    def __init__(self, model: Llama, parallel: ParallelConfig | None = None, bucket_bytes: int | None = None) -> None:
-        parallel = parallel or ParallelConfig()
-        self.model, self.ctx = model, model.ctx
-        self.pipeline = Pipeline(model, parallel)
-        self.parameters = FlatParameters(model, parallel, bucket_bytes)
-        self.gradients = GradientBuffer(self.parameters, model.ctx, parallel)
-        self.optimizer = AdamW(OPTIM, self.parameters, self.gradients)
-
-    def step(self, batches: list[Batch]) -> tuple[float, float, float]:
-        """Loss per token, gradient norm, and whether the step was skipped."""
-        outcome = train_step(
-            self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, 0.5, self.ctx, stop=False
-        )
-        loss, tokens, _ = outcome.totals[0].tolist()
-        return loss / tokens, float(outcome.grad_norm), float(outcome.skipped)
-
-    def backward(self, batches: list[Batch]) -> None:
-        """Gradients of the sum of the losses, reduced."""
-        self.gradients.zero()
-        for number, batch in enumerate(batches, 1):
-            if number == len(batches):
-                self.gradients.final(self.parameters.parameters)
-            self.model.loss(batch).sum().backward()
-        self.gradients.finish()
+STEPS = 20
 
 
 def local_part(whole: dict[str, Tensor], model: Llama) -> dict[str, Tensor]:
@@ -268,120 +222,3 @@ def start_in_bf16() -> bool:
 
 def test_sharded_masters_start_alike() -> None:
     assert all(run_ranks(2, start_in_bf16))
-
-
-Event = tuple[str, int | str]
-
-
-class Work:
-    """A collective under way that does nothing but tell when it is waited for."""
-
-    def __init__(self, done: Callable[[], None]) -> None:
-        self.wait = done
-
-
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """What happens in a process that believes to be one of two: collectives begun and waited for, by bucket's start."""
-    log: list[Event] = []
-
-    def collective(begun: str, done: str, whole: int) -> Callable[..., Work]:
-        def begin(*tensors: Tensor, group: object, async_op: bool) -> Work:
-            start = int(tensors[whole].storage_offset())
-            assert (group, async_op) == ("the data group", True)
-            log.append((begun, start))
-            return Work(lambda: log.append((done, start)))
-
-        return begin
-
-    monkeypatch.setattr(collectives, "reduce_scatter", collective("reduce", "reduced", 1))
-    monkeypatch.setattr(collectives, "all_gather", collective("gather", "gathered", 0))
-    monkeypatch.setattr(dist, "all_reduce", collective("reduce", "reduced", 0))
-    return log
-
-
-def one_of_two(bucket_bytes: int | None = SMALL, **settings: Any) -> Trainer:
-    groups: dict = {"data": "the data group"}
-    ctx = ParallelContext(torch.device("cpu"), world_size=2, dp=2, groups=groups)
-    return Trainer(tiny_model(ctx=ctx), ParallelConfig(**settings), bucket_bytes)
-
-
-@pytest.mark.parametrize("zero", [True, False])
-@pytest.mark.parametrize("bucket_bytes", [1, SMALL, None])
-def test_buckets_are_reduced_once_each_as_soon_as_they_are_whole(
-    zero: bool, bucket_bytes: int | None, events: list[Event]
-) -> None:
-    trainer = one_of_two(bucket_bytes, zero=zero)
-    buckets = trainer.parameters.buckets
-    assert len(buckets) == {1: 11, SMALL: 9, None: 2}[bucket_bytes]
-    for name, parameter in trainer.parameters.parameters.items():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("gradient", name)))
-    first, last = micro_batches(0, trainer.ctx)[:2]
-    trainer.model.loss(first).sum().backward()
-    assert {kind for kind, _ in events} == {"gradient"}
-
-    events.clear()
-    trainer.gradients.final(trainer.parameters.parameters)
-    trainer.model.loss(last).sum().backward()
-    assert events[-1][0] == "gradient"
-    come: set[int | str] = set()
-    begun: list[int | str] = []
-    for kind, what in events:
-        if kind == "gradient":
-            come.add(what)
-            whole = {b.start for b in buckets if b.kind == "matrices" and come.issuperset(b.names)}
-            assert set(begun) == whole
-        else:
-            assert kind == "reduce"  # nothing is waited for
-            begun.append(what)
-    assert begun == [bucket.start for bucket in buckets[:-1]]
-
-    trainer.gradients.finish()
-    assert [what for kind, what in events if kind == "reduce"] == [bucket.start for bucket in buckets]
-    assert [what for kind, what in events if kind == "reduced"] == [bucket.start for bucket in buckets]
-
-
-def test_few_casts_are_held_at_a_time(events: list[Event]) -> None:
-    trainer = one_of_two(grad_reduce="bf16")
-    trainer.backward(micro_batches(0, trainer.ctx)[:1])
-    under_way = [0]
-    for kind, _ in events:
-        under_way.append(under_way[-1] + (1 if kind == "reduce" else -1))
-    assert max(under_way) == CASTS_HELD
-    assert under_way[-1] == 0
-    assert len(events) == 2 * len(trainer.parameters.buckets)
-
-
-def test_a_module_waits_for_its_own_parameters_alone(events: list[Event]) -> None:
-    trainer = one_of_two()
-    parameters = trainer.parameters
-    trainer.optimizer.copy_master_to_params()
-    assert events == [("gather", bucket.start) for bucket in reversed(parameters.buckets)]
-
-    for name, module in trainer.model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: events.append(("module", name)))
-    trainer.model.loss(micro_batches(0, trainer.ctx)[0])
-    needed: set[int] = set()
-    arrived: set[int | str] = set()
-    modules = 0
-    for kind, what in events:
-        if kind == "gathered":
-            arrived.add(what)
-        if kind == "module":
-            modules += 1
-            module = trainer.model.get_submodule(str(what))
-            held = {id(parameter) for parameter in module.parameters(recurse=False)}
-            needed |= {parameters.bucket_of[n].start for n, p in parameters.parameters.items() if id(p) in held}
-            assert arrived == needed, what
-    assert modules > 10
-    assert arrived == {bucket.start for bucket in parameters.buckets}
-    assert len([kind for kind, _ in events if kind == "gathered"]) == len(parameters.buckets)
-
-
-def test_what_nobody_needed_is_there_before_the_next_update(events: list[Event]) -> None:
-    trainer = one_of_two()
-    trainer.optimizer.copy_master_to_params()
-    events.clear()
-    trainer.optimizer.step(1e-3, torch.ones(()), torch.zeros(()))
-    starts = [bucket.start for bucket in trainer.parameters.buckets]
-    assert events == [("gathered", start) for start in starts] + [("gather", start) for start in reversed(starts)]
