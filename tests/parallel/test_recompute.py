@@ -77,14 +77,26 @@ def test_no_bit_changes_over_tensor_parallel_ranks(sequence_parallel: bool) -> N
     assert run_ranks(2, differing_on_rank, parallel) == [[[], []]] * 2
 
 
-def differing_with_cut_sequences(parallel: ParallelConfig) -> list[tuple[str, int]]:
+def with_cut_sequences(parallel: ParallelConfig) -> tuple[list[tuple[str, int]], dict[str, int]]:
+    """Recomputations that change any bit, and how often keys and values are gathered under each."""
     ctx = ParallelContext.create(parallel, "cpu")
     given = make_batch([[7, 17, 8], [32]], torch.Generator().manual_seed(0))
-    return differing(tiny_model(tiny_config(num_layers=2), ctx), cut_batch(given, ctx.cp, ctx.cp_rank))
+    cut, model = cut_batch(given, ctx.cp, ctx.cp_rank), tiny_model(tiny_config(num_layers=2), ctx)
+    wrong = differing(model, cut)
+    gathers, gather = [], collectives.all_gather
+    collectives.all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))
+    counts = {}
+    for kind in KINDS:
+        recompute_layers(model.layers, kind, 1)
+        gathers.clear()
+        results(model, cut)
+        counts[kind] = len(gathers)
+    return wrong, counts
 
 
 def test_no_bit_changes_where_sequences_are_cut() -> None:
-    assert run_ranks(2, differing_with_cut_sequences, ParallelConfig(cp=2)) == [[], []]
+    gathers = {"none": 2, "selective": 2, "full": 4}  # by two layers
+    assert run_ranks(2, with_cut_sequences, ParallelConfig(cp=2)) == [([], gathers)] * 2
 
 
 PRODUCT, ATTENTION = "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
