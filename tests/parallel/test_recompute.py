@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections import Counter
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -77,21 +78,23 @@ def test_no_bit_changes_over_tensor_parallel_ranks(sequence_parallel: bool) -> N
     assert run_ranks(2, differing_on_rank, parallel) == [[[], []]] * 2
 
 
-def with_cut_sequences(parallel: ParallelConfig) -> tuple[list[tuple[str, int]], dict[str, int]]:
+def with_cut_sequences(parallel: ParallelConfig) -> tuple[list[tuple[str, int]], dict[Recompute, int]]:
     """Recomputations that change any bit, and how often keys and values are gathered under each."""
     ctx = ParallelContext.create(parallel, "cpu")
     given = make_batch([[7, 17, 8], [32]], torch.Generator().manual_seed(0))
     cut, model = cut_batch(given, ctx.cp, ctx.cp_rank), tiny_model(tiny_config(num_layers=2), ctx)
     wrong = differing(model, cut)
-    gathers, gather = [], collectives.all_gather
-    collectives.all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))
-    counts = {}
+    gather, gathers = collectives.all_gather, Counter[Recompute]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        gathers[kind] += 1
+        return gather(*args, **kwargs)
+
+    collectives.all_gather = counted
     for kind in KINDS:
         recompute_layers(model.layers, kind, 1)
-        gathers.clear()
         results(model, cut)
-        counts[kind] = len(gathers)
-    return wrong, counts
+    return wrong, dict(gathers)
 
 
 def test_no_bit_changes_where_sequences_are_cut() -> None:
