@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +13,8 @@ from megaflow.planning.pipeline import live_activations
 
 RESERVED = 4 * 2**30
 """Bytes of a GPU that no tensor gets: the CUDA context, the buffers of NCCL and cuBLAS, gaps between tensors."""
+MESSAGES = 3
+"""Of a pipeline rank with each neighbour: two that leave, one that comes."""
 CASTS = 2
 """bf16 copies of gradient buckets under way at once, where gradients are reduced in bf16."""
 
@@ -32,17 +33,20 @@ class RankMemory:
     """Both of AdamW, fp32."""
     activations: int
     """Kept between the passes of the micro-batches under way."""
-    working: int
-    """Of a layer in its backward pass: what is computed again, gradients of activations, the gradient of a weight."""
     logits: int
-    """Logits, and their fp32 copies in the loss."""
+    """Kept too, on the rank with the output head."""
+    messages: int
+    """To and from other pipeline ranks, under way or waiting."""
+    working: int
+    """Beside all these at the widest moment: in the loss, in the head's backward pass or in a layer's, with what is
+    computed again, gradients of activations and the gradient of a weight."""
     buckets: int
     """bf16 copies of gradients on their way."""
 
     @property
     def total(self) -> int:
         kept = self.weights + self.master + self.gradients + self.moments + self.activations
-        return kept + self.working + self.logits + self.buckets
+        return kept + self.logits + self.messages + self.working + self.buckets
 
 
 def parameters(model: ModelConfig, held: Held, tp: int) -> int:
@@ -69,15 +73,24 @@ class _Activations:
 
     layer: int
     recomputed: int
-    working: int
+    inputs: int
+    """Of every chunk: the rotary tables."""
     head: int
     logits: int
-    inputs: int
+    message: int
+    layer_working: int
+    head_working: int
 
     def of(self, held: Held) -> int:
         """Kept for a part of the model."""
         kept = held.recomputed * self.recomputed + (held.layers - held.recomputed) * self.layer + self.inputs
         return kept + self.head if held.head else kept
+
+    def working(self, head: bool) -> int:
+        """Of the widest moment; with the head's chunk under way, whose logits and norm are gone when layers follow."""
+        if not head:
+            return self.layer_working
+        return max(self.head_working, self.layer_working - self.head - self.logits)
 
 
 @lru_cache(maxsize=4096)
@@ -100,15 +113,24 @@ def _activations(
         )
         for kind in ("none", recompute)
     )
-    gathered = tokens * model.hidden_size * element if sequence_parallel else 0
+    whole, residual = tokens * model.hidden_size * element, rows * model.hidden_size * element
+    wide = tokens * model.intermediate_size // tp * element
+    head_rows = vocabulary_rows(model.vocab_size, tp)
+    # SwiGLU's gradients, or later that of its weight: its activations are gone then, the input's gradient is there
+    gathered = whole if sequence_parallel else 0
     weight = 2 * model.hidden_size * model.intermediate_size // tp * element
+    working = max(again.working, plain.working)
+    losing = tokens * head_rows * (8 if job.precision == "bf16" else 4)  # fp32 copies
+    weighing = head_rows * model.hidden_size * element + whole + (gathered + residual if sequence_parallel else 0)
     return _Activations(
         layer=plain.kept,
         recomputed=again.kept,
-        working=max(plain.working, again.working) + gathered + weight,
+        inputs=tokens * (4 * model.head_dim + 8),
         head=rows * (4 * model.hidden_size + 2 * element * model.hidden_size + 4),
-        logits=tokens * vocabulary_rows(model.vocab_size, tp),
-        inputs=tokens * (8 * 3 + 4 * model.head_dim),
+        logits=tokens * head_rows * element,
+        message=residual,
+        layer_working=max(working, working - 4 * wide + whole + gathered + weight),
+        head_working=max(losing, weighing),
     )
 
 
@@ -122,54 +144,56 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
     mixed = job.precision == "bf16"
     one = _activations(job, layout.tp, layout.sequence_parallel, layout.cp, layout.micro_batch, layout.recompute)
     kept = [one.of(held) for held in layout.held(job)]
-    peaks = _peaks(job, layout, kept) if exact else _bounds(job, layout, kept)
-    last = layout.owners[-1]
+    widest = _widest(job, layout, kept, one) if exact else _bounds(job, layout, kept, one)
     ranks = []
     for rank, held in enumerate(rank_parameters(job, layout)):
         bucket = min(job.bucket_mib * 2**20 // 4, held)
-        # bf16 logits and an fp32 copy less its maximum; fp32 ones and that
-        logits = one.logits * (job.element + (8 if mixed else 4)) if rank == last else 0
-        if layout.schedule == "gpipe" and rank == last:
-            logits += one.logits * job.element * (layout.micro_batches(job) - 1)
+        neighbours = 0 if layout.pp == 1 else 1 if layout.chunks == 1 and rank in (0, layout.pp - 1) else 2
+        activations, logits, working = widest[rank]
         ranks.append(
             RankMemory(
                 weights=job.element * held,
                 master=4 * held // shards if mixed else 0,
                 gradients=4 * held,
                 moments=8 * held // shards,
-                activations=peaks[rank],
-                working=one.working,
+                activations=activations,
                 logits=logits,
+                messages=MESSAGES * neighbours * one.message,
+                working=working,
                 buckets=CASTS * 2 * bucket if job.grad_reduce == "bf16" and layout.data > 1 else 0,
             )
         )
     return ranks
 
 
-def _peaks(job: Job, layout: Layout, kept: list[int]) -> list[int]:
-    """The most bytes under way on each rank, along its actions."""
-    few = min(layout.micro_batches(job), 4 * layout.pp + layout.micro_batches(job) % layout.pp)
-    if layout.schedule == "gpipe":
-        few = layout.micro_batches(job)
-    peaks = []
-    for actions in layout.made(few).ranks:
-        live: Counter[int] = Counter()
-        now = most = 0
+def _widest(job: Job, layout: Layout, kept: list[int], one: _Activations) -> list[tuple[int, int, int]]:
+    """Activations, logits and working memory of each rank at its fullest moment, along its actions."""
+    micro_batches, last = layout.micro_batches(job), len(layout.owners) - 1
+    few = min(micro_batches, 4 * layout.pp + micro_batches % layout.pp)
+    found = []
+    for actions in layout.made(micro_batches if layout.schedule == "gpipe" else few).ranks:
+        now = logits = 0
+        most = (0, 0, 0)
         for action in actions:
-            if action.kind == "forward":
-                now += kept[action.chunk]
-                live[action.chunk] += 1
-            elif action.kind in ("backward", "backward_weight"):
-                now -= kept[action.chunk]
-            most = max(most, now)
-        peaks.append(most)
-    return peaks
+            done = -(action.kind in ("backward", "backward_weight"))
+            change = 1 if action.kind == "forward" else done
+            now += change * kept[action.chunk]
+            if action.chunk == last:  # an unsplit backward's logits go with it, a split one's before its weights
+                logits += (change if action.kind != "backward_weight" else 0) * one.logits
+                logits -= one.logits if action.kind == "backward_input" else 0
+            most = max(most, (now, logits, one.working(logits > 0)), key=sum)
+        found.append(most)
+    return found
 
 
-def _bounds(job: Job, layout: Layout, kept: list[int]) -> list[int]:
+def _bounds(job: Job, layout: Layout, kept: list[int], one: _Activations) -> list[tuple[int, int, int]]:
+    """No less than those, without a look at the schedule: every chunk of a rank is taken for its largest."""
     largest = [0] * layout.pp
     for owner, size in zip(layout.owners, kept, strict=True):
         largest[owner] = max(largest[owner], size)
-    return [
-        count * size for count, size in zip(live_activations(layout, layout.micro_batches(job)), largest, strict=True)
-    ]
+    counts = live_activations(layout, layout.micro_batches(job))
+    found = [(count * size, 0, one.working(False)) for count, size in zip(counts, largest, strict=True)]
+    last = layout.owners[-1]
+    logits = one.logits * (layout.micro_batches(job) if layout.schedule == "gpipe" else 1)
+    found[last] = (found[last][0], logits, one.working(True))
+    return found
