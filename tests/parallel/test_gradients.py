@@ -48,6 +48,20 @@ def test_parameters_become_views_of_one_tensor_in_buckets(bucket_bytes: int, tie
     assert {name: view.shape for name, view in views.items()} == {name: p.shape for name, p in before.items()}
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_every_rank_has_an_equal_and_aligned_part_of_a_bucket(zero: bool) -> None:
+    ctx = ParallelContext(torch.device("cpu"), world_size=6, dp=3, cp=2, dp_rank=2, cp_rank=1)
+    parameters = FlatParameters(tiny_model(ctx=ctx), ParallelConfig(zero=zero), 1)
+    own, parts = parameters.own(parameters.flat), parameters.parts(parameters.flat)
+    for bucket, mine, part in zip(parameters.buckets, own, parts, strict=True):
+        size = sum(parameters.parameters[name].numel() for name in bucket.names)
+        assert size <= bucket.numel < size + 6 * 32
+        assert len(part) * 6 == bucket.numel
+        assert len(part) % 32 == part.storage_offset() % 32 == 0
+        assert part.storage_offset() == bucket.start + 5 * len(part)
+        assert len(mine) == (len(part) if zero else bucket.numel)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_sums_of_fp32_gradients(tie: bool) -> None:
     model, plain = (tiny_model(tiny_config(tie_embeddings=tie)) for _ in range(2))
