@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from megaflow.config import ModelConfig
+from megaflow.model.memory import activation_bytes
 from megaflow.parallel.schedule import make_schedule
 from megaflow.parallel.simulator import simulate
-from megaflow.tools.plan import write_picture
+from megaflow.planning.drawing import draw_schedule
 
 HERE = Path(__file__).parent
 COLOURS = ("#5b8def", "#f0a63c", "#2fa37c", "#c65b7c")
@@ -132,6 +135,22 @@ def reshard(axis: Axes) -> None:
     axis.set(xlim=(-0.3, 12.5), ylim=(-0.2, 3.6))
 
 
+def recompute(axis: Axes) -> None:
+    """MiB that a layer of LLaMA-2 7B keeps for 4096 tokens, from the function that `megaflow plan` uses."""
+    config = ModelConfig(hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, vocab_size=32000)
+    kinds: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+    for row, kind in enumerate(kinds):
+        held = activation_bytes(config, 4096, recompute=kind)
+        kept, working = held.kept / 2**20, held.working / 2**20
+        y = 2 - row
+        box(axis, 0, y, kept, 0.6, COLOURS[0])
+        box(axis, kept, y, working, 0.6, GREY)
+        axis.text(-20, y + 0.3, kind, ha="right", va="center", fontsize=9)
+        label = f"keeps {kept:,.0f} MiB, needs {working:,.0f} more in its backward pass"
+        axis.text(kept + working + 20, y + 0.3, label, va="center", fontsize=8.5)
+    axis.set(xlim=(-200, 2600), ylim=(-0.2, 2.9))
+
+
 def save(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
@@ -146,8 +165,9 @@ def main() -> None:
     save("context.png", context, (7, 5.6))
     save("zero.png", zero, (10, 3.8))
     save("reshard.png", reshard, (9.5, 3))
+    save("recompute.png", recompute, (9.5, 2))
     for name in ("1f1b", "interleaved", "zb_h1", "zb_v"):
-        write_picture(simulate(make_schedule(name, 4, 8)), HERE / f"{name}.png")
+        draw_schedule(simulate(make_schedule(name, 4, 8)), HERE / f"{name}.png")
 
 
 if __name__ == "__main__":
