@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megaflow.parallel.simulator import Costs, Timeline, simulate
 from megaflow.planning.layout import Layout
 
-PERIODS = 4
+PERIODS = 3
 """Multiples of pp micro-batches after which a schedule repeats itself."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_bubble_and_peaks_are_printed(
     assert least in peaks
 
 
+CHATFLOW = ["--config", str(Path(__file__).parents[2] / "configs" / "chatflow-7b.yaml")]
 SPLIT: tuple[Kind, ...] = ("forward", "backward_input", "backward_weight")
 
 
@@ -88,6 +90,17 @@ def test_picture(
         (["--pp", "100000"], "--pp 100000 --micro-batches 8: too many actions"),
         (["--draw", "{tmp}"], "is a folder"),
         (["--draw", "{tmp}/none/x.png"], "cannot be written"),
+        (["--config", "{tmp}/none.yaml"], "none.yaml: cannot be read"),
+        ([*CHATFLOW, "--gpu", "h1000"], "choose one of a100"),
+        ([*CHATFLOW, "--gpus", "12"], "--gpus 12: is no multiple of --nodes-of 8"),
+        ([*CHATFLOW, "--gpus", "0"], "--gpus 0: must be above 0"),
+        ([*CHATFLOW, "--best", "0"], "--best 0"),
+        ([*CHATFLOW, "--recompute", "some"], "choose one of none, selective, full"),
+        ([*CHATFLOW, "--micro-batch", "3"], "no layout of 8 GPUs divides"),
+        ([*CHATFLOW, "--layout", "parallel.pp=3"], "does not divide the 8 processes"),
+        ([*CHATFLOW, "model.vocab_size=0"], "give model.vocab_size=32000"),
+        ([*CHATFLOW, "--micro-batch", "1", "--draw", "{tmp}"], "is a folder"),
+        (["parallel.pp=2"], "only with --config"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -102,3 +115,49 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert what in err
+
+
+def test_layouts_of_a_run_are_ranked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On a machine that has neither its corpora nor its weights."""
+    target = tmp_path / "plan.png"
+    options = [*CHATFLOW, "--gpus", "16", "--best", "3", "--micro-batch", "1", "--draw", str(target)]
+    code, out, _ = call(monkeypatch, capsys, *options)
+    assert code == 0
+    lines = out.splitlines()
+    assert all(word in lines[1] for word in ("schedule", "GiB", "s/step", "tokens/s/GPU", "MFU", "bubble", "exposed"))
+    assert sum(line.rstrip().endswith("%") for line in lines) == 3
+    assert any("layouts fit into 75.6 GiB" in line for line in lines)
+    assert lines[-1] == str(target)
+    assert imread(target).shape[:2] == (660, 1560)
+
+
+def test_a_layout_in_detail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*CHATFLOW, "--gpus", "16", "--layout", "parallel.pp=2", "parallel.schedule=zb_v"]
+    code, out, _ = call(monkeypatch, capsys, *options)
+    assert code == 0
+    assert out.startswith("tp 4, pp 2 zb_v, dp 2, micro-batch 2, recompute none\n")
+    assert all(word in out for word in ("moments", "logits", "fullest: pipeline rank 0", "gradients", "bubble"))
+
+
+def test_json_adds_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(monkeypatch, capsys, *CHATFLOW, "--gpus", "16", "--layout", "--json")
+    assert code == 0
+    tree = json.loads(out)
+    assert tree["layout"]["dp"] == 4
+    assert tree["step"]["seconds"] == pytest.approx(sum(tree["step"]["parts"].values()))
+    for rank in tree["memory"]:
+        assert rank["total"] == 2 * rank["total"] - sum(size for item, size in rank.items() if item != "total")
+    _, out, _ = call(monkeypatch, capsys, *CHATFLOW, "--best", "2", "--micro-batch", "1", "--json")
+    assert len(json.loads(out)["best"]) == 2
+
+
+def test_faster_links_are_faster(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*CHATFLOW, "--gpus", "64", "--layout", "--json", "parallel.tp=1", "train.micro_batch_size=1"]
+    seconds = []
+    for more in (["--network", "10"], ["--network", "400"], ["--network", "400", "--matmul", "0.9"]):
+        _, out, _ = call(monkeypatch, capsys, *options, *more)
+        seconds.append(json.loads(out)["step"]["seconds"])
+    assert seconds[0] > 1.2 * seconds[1]
+    assert seconds[1] > 1.05 * seconds[2]
