@@ -59,7 +59,8 @@ def test_every_rank_has_an_equal_and_aligned_part_of_a_bucket(zero: bool) -> Non
         assert len(part) * 6 == bucket.numel
         assert len(part) % 32 == part.storage_offset() % 32 == 0
         assert part.storage_offset() == bucket.start + 5 * len(part)
-        assert len(mine) == (len(part) if zero else bucket.numel)
+        assert torch.equal(mine, part if zero else bucket.of(parameters.flat))
+        assert mine.data_ptr() == (part if zero else bucket.of(parameters.flat)).data_ptr()  # collectives are in place
 
 
 @pytest.mark.parametrize("tie", [False, True])
