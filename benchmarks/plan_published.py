@@ -55,8 +55,8 @@ def markdown(found: list[Row]) -> str:
     lines = [
         "# Published step times, predicted",
         "",
-        f"{len(found)} rows; {len(found) - len(held_out)} fit a parameter each, {len(held_out)} are held out: mean miss "
-        f"{mean:.1%}, largest {worst.miss:+.1%} ({worst.name}, {worst.layout.schedule}).",
+        f"{len(found)} rows; {len(found) - len(held_out)} fit a parameter each, {len(held_out)} are held out: mean "
+        f"miss {mean:.1%}, largest {worst.miss:+.1%} ({worst.name}, {worst.layout.schedule}).",
         "",
         "| model | GPUs | batch x length | layout | published s | predicted s | miss | fits | source |",
         "|---|---|---|---|---|---|---|---|---|",
