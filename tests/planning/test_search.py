@@ -42,15 +42,16 @@ def test_every_layout_is_legal() -> None:
 
 
 def test_the_best_fit_and_are_in_order() -> None:
-    found = search(JOB, CLUSTER, 5, Wanted(micro_batch=1))
+    job, cluster = Job(LLAMA2_70B, 4096, 64), Cluster(GPUS["h100"], 32)
+    found = search(job, cluster, 5, Wanted(micro_batch=1))
     times = [plan.step.seconds for plan in found.best]
     assert times == sorted(times)
     assert len(times) == 5
     for plan in found.best:
-        assert plan.memory <= CLUSTER.gpu.memory - RESERVED
+        assert plan.memory <= cluster.gpu.memory - RESERVED
         assert plan.layout.micro_batch == 1
         assert sum(plan.step.parts.values()) == pytest.approx(plan.step.seconds, rel=1e-6)
-        assert plan.step.tokens * 16 * plan.step.seconds == pytest.approx(JOB.tokens)
+        assert plan.step.tokens * 32 * plan.step.seconds == pytest.approx(job.tokens)
         assert 0.2 < plan.step.mfu < 0.7
 
 
@@ -104,6 +105,9 @@ def test_what_costs_time() -> None:
     data = Layout(16, micro_batch=4)
     times = [StepModel(JOB, replace(CLUSTER, gpu=gpu), Practice()).estimate(data) for gpu in (CLUSTER.gpu, slow)]
     assert times[1].parts["gradients"] > 10 * times[0].parts["gradients"]
+    sharded, whole = (StepModel(JOB, CLUSTER, Practice()).estimate(replace(data, zero=zero)) for zero in (True, False))
+    assert whole.parts["update"] == pytest.approx(16 * sharded.parts["update"])
+    assert whole.parts["update"] > 0.05
 
 
 def test_volumes() -> None:
