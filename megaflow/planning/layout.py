@@ -113,6 +113,11 @@ class Layout:
         return self.dp * self.cp
 
     @property
+    def splits(self) -> bool:
+        """Whether weight gradients come later than those of the input."""
+        return self.schedule in ("zb_h1", "zb_v")
+
+    @property
     def owners(self) -> tuple[int, ...]:
         """The pipeline rank of every chunk."""
         ranks = tuple(range(self.pp))

@@ -54,7 +54,7 @@ class StepModel:
     def estimate(self, layout: Layout, exact: bool = True) -> Step:
         """The step of a layout; `exact`: the pipeline by the simulator, else by the closed formulas."""
         workload = Workload(self.job, layout, self.cluster, self.practice)
-        key = (layout.tp, layout.sequence_parallel, layout.cp, layout.micro_batch, layout.recompute)
+        key = layout.tp, layout.sequence_parallel, layout.cp, layout.micro_batch, layout.recompute, layout.splits
         if key not in self._parts:
             self._parts[key] = workload.parts()
         parts = self._parts[key]

@@ -21,8 +21,8 @@ LOSS_BYTES = (34, 14)
 class Practice:
     """How a program runs a layer; the defaults are ours.
 
-    Ours: flash attention; in the backward pass the collectives of column-parallel layers run under the products of the
-    other gradient, every other collective is waited for.
+    Ours: flash attention; in a backward pass that is not split the collectives of column-parallel layers run under the
+    products of the other gradient, every other collective is waited for.
     """
 
     overlaps_tensor: bool = False
@@ -169,7 +169,8 @@ class Workload:
         if recomputed and layout.recompute == "full":
             backward_input += forward + products[-1].forward * -1  # the last product's result is nobody's input
         elif recomputed and layout.recompute == "selective":
-            backward_input += attention.forward + self._touch(4 * self.residual + heads + 3 * tokens * inner)
+            again = attention.forward + Work(context=-attention.forward.context)  # keys and values are kept whole
+            backward_input += again + self._touch(4 * self.residual + heads + 3 * tokens * inner)
         return Passes(forward, backward_input, backward_weight)
 
     def embedding(self) -> Passes:
@@ -177,7 +178,7 @@ class Workload:
         e = self.job.element
         looked_up = Work(memory=self.cluster.touch(2 * e * self.tokens * self.job.model.hidden_size))
         exposed = Work(tensor=self._collective())
-        return Passes(looked_up + exposed, exposed + looked_up, Work())
+        return Passes(looked_up + exposed, exposed + looked_up, NOTHING)
 
     def head(self) -> Passes:
         """Final norm, projection to the vocabulary, cross-entropy."""
@@ -214,14 +215,17 @@ class Workload:
         # without sequence parallelism the row-parallel layers reduce both halves forward, the column-parallel backward
         forward = collective * (1 if sp else 0 if gathers else 2)
         backward = collective * ((2 if gathers else 1) if sp else 2 if gathers else 0)
+        later = 0.0
         if self.practice.overlaps_tensor:
             forward, backward = (self._left(part, compute) for part in (forward, backward))
+        elif gathers and self.layout.splits:  # the other gradient comes later: there is nothing to run under
+            backward, later = collective * (1 if sp else 2), collective if sp else 0.0
         elif gathers:
             backward = max(0.0, collective - compute) * 2
         return Passes(
             Work(matmul=compute, tensor=forward),
             Work(matmul=compute, tensor=backward),
-            Work(matmul=compute, memory=sums),
+            Work(matmul=compute, memory=sums, tensor=later),
         )
 
     def _left(self, collective: float, compute: float) -> float:
@@ -244,4 +248,4 @@ class Workload:
             backward = Work(4 * products, memory=self.cluster.touch(SCORE_BYTES[1] * scores))
         hidden = forward.seconds if self.practice.overlaps_context else 0.0
         exposed = Work(context=max(0.0, gathered - hidden))
-        return Passes(forward + exposed, backward + exposed, Work())
+        return Passes(forward + exposed, backward + exposed, NOTHING)

@@ -84,6 +84,8 @@ def _plan_run(
     from megaflow.planning.work import Practice
 
     job = Job.of(config)
+    if job.precision != "bf16":
+        raise UserError(f"train.precision {job.precision}: GPUs are known in bf16 here; add train.precision=bf16")
     if own:
         plans = [plan_of(StepModel(job, cluster, Practice()), Layout.of(config, cluster.gpus))]
         lines = detail(plans[0], job, cluster)

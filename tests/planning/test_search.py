@@ -101,6 +101,9 @@ def test_what_costs_time() -> None:
     pipeline = Layout(16, pp=8, micro_batch=1)
     assert step(replace(pipeline, schedule="zb_h1")) < step(pipeline)
     assert step(replace(pipeline, schedule="interleaved", chunks=2)) < step(pipeline)
+    both = replace(base, tp=4, pp=2)  # a split backward has nothing to run its collectives under
+    one, split = (StepModel(JOB, CLUSTER, Practice()).estimate(cut) for cut in (both, replace(both, schedule="zb_h1")))
+    assert split.parts["tensor parallel"] > 1.2 * one.parts["tensor parallel"]
     slow = replace(CLUSTER.gpu, network=CLUSTER.gpu.network / 100)
     data = Layout(16, micro_batch=4)
     times = [StepModel(JOB, replace(CLUSTER, gpu=gpu), Practice()).estimate(data) for gpu in (CLUSTER.gpu, slow)]

@@ -99,6 +99,7 @@ def test_picture(
         ([*CHATFLOW, "--micro-batch", "3"], "no layout of 8 GPUs divides"),
         ([*CHATFLOW, "--layout", "parallel.pp=3"], "does not divide the 8 processes"),
         ([*CHATFLOW, "model.vocab_size=0"], "give model.vocab_size=32000"),
+        ([*CHATFLOW, "train.precision=fp32"], "add train.precision=bf16"),
         ([*CHATFLOW, "--micro-batch", "1", "--draw", "{tmp}"], "is a folder"),
         (["parallel.pp=2"], "only with --config"),
     ],
