@@ -36,6 +36,7 @@ setup(
         "megaflow.model",
         "megaflow.optim",
         "megaflow.parallel",
+        "megaflow.planning",
         "megaflow.tools",
         "megaflow.train",
     ],
