@@ -231,14 +231,18 @@ def _check_caps(file: Path, ledger: list[LedgerEntry]) -> None:
 
 def _check_batch(run: Path, began: dict[str, Any], entry: LedgerEntry) -> None:
     """Refuse a batch that the layout of the run's last launch cannot share out."""
+    from megaflow.config_parallel import ParallelConfig
     from megaflow.data.sampler.plan import count_micro_batches
+    from megaflow.parallel.schedule import make_schedule
 
     launches = [record for record in _records(run) if record["kind"] == "launch"]
     try:
         dp, micro_batch_size = int(launches[-1]["layout"]["dp"]), int(began["train"]["micro_batch_size"])
+        parallel = ParallelConfig.model_validate(began.get("parallel", {}))
     except (IndexError, KeyError, TypeError, ValueError):
         return  # never launched: the launch checks it
     try:
-        count_micro_batches(entry.batch_size, dp, micro_batch_size)
+        count = count_micro_batches(entry.batch_size, dp, micro_batch_size)
+        make_schedule(parallel.schedule, parallel.pp, count, parallel.chunks_per_rank)
     except UserError as error:
         raise UserError(f"train.global_batch_size: {error}, in the layout of the run's last launch") from None

@@ -37,6 +37,7 @@ from megaflow.errors import UserError
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.flops import num_parameters
 from megaflow.model.init import check_hf_config
+from megaflow.parallel.schedule import make_schedule
 from megaflow.train.samples import discard_superseded
 
 # what a resumed run keeps: another value would break the weights' shapes or the promises made for the sample order
@@ -141,11 +142,15 @@ class Run:
         self.ledger.append(entry)
 
     def check_layout(self, dp: int) -> None:
-        """Raises UserError where `dp` ranks cannot share out a batch that the ledger has ahead."""
-        step = self.sampler.step + 1
+        """Raises UserError where `dp` replicas cannot share out a batch that the ledger has ahead.
+
+        Or where the pipeline's schedule does not exist for a replica's number of micro-batches.
+        """
+        step, parallel = self.sampler.step + 1, self.config.parallel
         for entry in entries_from(self.ledger, step):
             try:
-                count_micro_batches(entry.batch_size, dp, self.config.train.micro_batch_size)
+                count = count_micro_batches(entry.batch_size, dp, self.config.train.micro_batch_size)
+                make_schedule(parallel.schedule, parallel.pp, count, parallel.chunks_per_rank)
             except UserError as error:
                 raise UserError(
                     f"{self.dir}/ledger.json: from step {max(step, entry.first_step)} on: {error}"

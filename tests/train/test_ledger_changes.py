@@ -178,6 +178,19 @@ def test_a_batch_that_the_layout_cannot_share_out_is_refused_at_launch(make_conf
     assert len(ledger_of(config)) == 1
 
 
+def test_a_batch_that_the_schedule_cannot_take_is_refused_at_launch(make_config: MakeConfig) -> None:
+    layout = {"parallel__pp": 2, "parallel__schedule": "interleaved", "model__num_layers": 4}
+    config = make_config("run", train__steps=2, **layout)
+    run(config, 2)
+    edited = make_config("run", train__global_batch_size=6, **layout)
+    with pytest.raises(RankError, match=r"from step 3 on: schedule interleaved: 3 micro-batches are no multiple of 2"):
+        run(edited, 2)
+    file = Path(config.run_dir).with_name("edited.yaml")
+    file.write_text(dump_config(edited))
+    with pytest.raises(UserError, match=r"train.global_batch_size: schedule interleaved: 3 micro-batches"):
+        change(Path(config.run_dir), at_step=9, weights="", config=file, why="")
+
+
 def test_an_entry_that_was_replaced_before_it_took_effect_is_no_obstacle(make_config: MakeConfig) -> None:
     config = make_config("run", train__steps=4)
     run(config)
