@@ -1,4 +1,8 @@
-"""Runs a rank's part of any pipeline schedule: its actions in order, and plain sends and receives between them."""
+"""Runs a rank's part of any pipeline schedule: its actions in order, and plain sends and receives between them.
+
+With NCCL the groups must be connected when they are made, as they are where `init_process_group` is given a device:
+receives are posted early, and one that had to connect first would wait for a send that comes after the rank's own.
+"""
 
 from __future__ import annotations
 
