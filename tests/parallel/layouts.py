@@ -58,7 +58,6 @@ KINDS: dict[str, list[Any]] = {
 """What goes with everything. Of the vocabularies nothing divides the first; tp 2 divides the second, and 4 too; of the
 third the last rank of four has nothing but padding."""
 
-FEATURES = CUTS | KINDS
 Pair = frozenset[tuple[str, Any]]
 
 
