@@ -191,7 +191,7 @@ class Config(Section):
         if parallel.layers_per_chunk is not None and sum(parallel.layers_per_chunk) != model.num_layers:
             raise ValueError(
                 f"parallel.layers_per_chunk adds up to {sum(parallel.layers_per_chunk)}, but model.num_layers is "
-                f"{model.num_layers}"
+                f"{model.num_layers}; give every layer to one chunk"
             )
         if parallel.num_chunks > 1 and model.num_layers < parallel.num_chunks:
             raise ValueError(
@@ -229,5 +229,10 @@ class Config(Section):
                 f"train.global_batch_size: {batch} is not a multiple of dp x micro_batch_size = {dp} x "
                 f"{micro}; nearest: {nearest(batch, choices)}"
             )
-        make_schedule(parallel.schedule, parallel.pp, batch // per_pass, parallel.chunks_per_rank)
+        try:
+            make_schedule(parallel.schedule, parallel.pp, batch // per_pass, parallel.chunks_per_rank)
+        except UserError as error:
+            raise UserError(
+                f"train.global_batch_size: {batch} with dp x micro_batch_size = {dp} x {micro}: {error}"
+            ) from None
         return dp

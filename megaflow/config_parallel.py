@@ -34,7 +34,7 @@ class ParallelConfig(Section):
     """What gradients are summed in between processes; bf16 halves the traffic and rounds."""
     bucket_mib: Positive = 64
     """MiB of fp32 gradients that are reduced together, under the backward pass."""
-    timeout: Positive = 600
+    timeout: Annotated[int, Field(ge=1, le=10**6)] = 600
     """Seconds until a collective that does not finish ends the run."""
 
     @model_validator(mode="after")

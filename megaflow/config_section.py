@@ -43,6 +43,7 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
+        values = value if isinstance(value, list) else [value]
+        if field.annotation is not bool and any(isinstance(one, bool) for one in values):
             raise ValueError("true or false where another kind of value is meant; give that, in quotes if it is a name")
         return value

@@ -100,6 +100,16 @@ def test_every_setting_has_help() -> None:
         ("data.groups.en.sources.zh.path=x", ["x.bin"]),
         ("data.tokenizer=nowhere.model", ["nowhere.model", "SentencePiece"]),
         ("model.weights=nowhere", ["nowhere", "folder"]),
+        ("data.seq_length=30 parallel.cp=2", ["seq_length 30", "multiple of 4", "28"]),
+        ("parallel.pp=4", ["4 chunks", "num_layers 2"]),
+        ("parallel.chunks=2", ["chunks 2", "1f1b"]),
+        ("parallel.schedule=interleaved parallel.chunks=1", ["chunks 1", "at least 2"]),
+        ("parallel.layers_per_chunk=[1, 1]", ["layers_per_chunk has 2 numbers for 1 chunks"]),
+        ("parallel.layers_per_chunk=[3]", ["layers_per_chunk adds up to 3", "num_layers is 2"]),
+        ("parallel.layers_per_chunk=[true]", ["layers_per_chunk", "true or false"]),
+        ("parallel.symmetric_memory=true", ["symmetric_memory", "sequence_parallel"]),
+        ("parallel.timeout=10000000", ["parallel.timeout", "10000000", "less than"]),
+        ("train.recompute=some", ["train.recompute", "'some'", "selective"]),
         ("checkpoint.keep=1", ["checkpoint.keep", "1", "2"]),
         ("nonsense", ["'nonsense'", "section.key=value"]),
         ("run_dir.x=1", ["run_dir", "value, not a section"]),
@@ -160,6 +170,15 @@ def test_layout_is_checked_against_the_processes(
     assert config.check_world(4) == 2
     with pytest.raises(UserError) as caught:
         config.check_world(world)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_micro_batches_that_the_schedule_cannot_take_are_refused(tree: dict[str, Any], tmp_path: Path) -> None:
+    config = load(tree, tmp_path, "parallel.pp=2", "parallel.schedule=interleaved", "model.num_layers=4")
+    assert config.check_world(4) == 2
+    with pytest.raises(UserError) as caught:
+        config.check_world(8)
+    words = ["train.global_batch_size: 8", "4 x 2", "1 micro-batches", "2 pipeline ranks", "take 2"]
     assert [word for word in words if word not in str(caught.value)] == []
 
 

@@ -35,6 +35,9 @@ REMEDIES = {
 }
 """How to mend each kind, in the order of comparing: what comes first may be why the rest differs."""
 
+FILE_START = 2**20
+"""Bytes of a file of initial weights that are compared: names and shapes of its tensors, and values of the first."""
+
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
@@ -75,6 +78,7 @@ def facts_of(run: Run, device: torch.device) -> Facts:
         "data": {
             f"tokenizer {config.data.tokenizer}": run.tokenizer_sha256[:16],
             **{f"source {name}": digest[:16] for name, digest in manifests.items()},
+            **(_weights(Path(config.model.weights)) if config.model.weights else {}),
         },
         "ledger": {f"{run.dir}/ledger.json": _digest(ledger.encode())},
     }
@@ -105,6 +109,18 @@ def _code() -> dict[str, str]:
             digests[name] = _digest(path.read_bytes())
     loaded = native.library() is not None
     return digests | {native.LIBRARY_PATH.name: _digest(native.LIBRARY_PATH.read_bytes()) if loaded else "numpy"}
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """Digests of the sizes of the files of initial weights, and of how they begin."""
+    digests = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                digests[f"weights {path}"] = _digest(str(path.stat().st_size).encode() + file.read(FILE_START))
+        except OSError as error:
+            digests[f"weights {path}"] = str(error.strerror)
+    return digests
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -195,3 +195,18 @@ def test_two_processes_with_other_layouts_leave_with_one_line(make_config: MakeC
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def test_other_initial_weights_under_the_same_name_are_noticed(make_config: MakeConfig, tmp_path: Path) -> None:
+    run, file = plan_run(make_config("run"), CPU), tmp_path / "model.safetensors"
+    run = changed(run, "model", weights=str(tmp_path))
+    found = []
+    for content in (b"base" * 9, b"base" * 9, b"chat" * 9, b"base" * 9 + b"more"):
+        file.write_bytes(content)
+        found.append(launch.facts_of(run, CPU))
+    hosts = ["one"] * 2
+    assert launch.difference(found[:2], hosts) is None
+    for other in found[2:]:
+        line = launch.difference([found[0], other], hosts)
+        assert str(line).startswith(f"weights {file}: rank 1 has ")
+        assert str(line).endswith("; give every machine the same files")
