@@ -77,7 +77,7 @@ def main(
     groups: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(prefix="stall-", dir=folder) as place:
         savers = {
-            way: CheckpointSaver(CheckpointStore(Path(place) / way), asynchronous, lambda _: None)
+            way: CheckpointSaver(CheckpointStore(Path(place) / way), asynchronous, lambda _: None, 60)
             for way, asynchronous in WAYS.items()
         }
         for number in range(saves):

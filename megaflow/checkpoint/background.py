@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Thread
 from types import TracebackType
 from typing import Any
@@ -76,10 +77,11 @@ class CheckpointSaver:
     Args:
         asynchronous: False for saves that are committed when `save` returns.
         say: called with a line for each checkpoint that was committed, when next asked.
+        patience: seconds that an error waits for the save under way, which other ranks may have left.
     """
 
-    def __init__(self, store: CheckpointStore, asynchronous: bool, say: Callable[[str], None]) -> None:
-        self.store, self.asynchronous, self.say = store, asynchronous, say
+    def __init__(self, store: CheckpointStore, asynchronous: bool, say: Callable[[str], None], patience: float) -> None:
+        self.store, self.asynchronous, self.say, self.patience = store, asynchronous, say, patience
         self.copy = HostCopy()
         self.under_way: Future[str] | None = None
 
@@ -122,8 +124,9 @@ class CheckpointSaver:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception) and self.under_way is not None:  # an interrupt does not wait
-            fault = self.under_way.exception()
-            self.say(str(fault) if fault else self.under_way.result())
+            with suppress(TimeoutError):
+                fault = self.under_way.exception(self.patience)
+                self.say(str(fault) if fault else self.under_way.result())
 
 
 def _write(

@@ -100,7 +100,7 @@ def train(run: Run, ctx: ParallelContext) -> bool:
     writes_samples = config.train.log_samples and ctx.pp_rank == ctx.cp_rank == ctx.tp_rank == 0
     samples = SampleLog(run.dir, sampler.step, ctx) if writes_samples else None
     digests, stopping, asked = DigestCheck(ctx), False, False
-    saver = CheckpointSaver(store, config.checkpoint.asynchronous, report.say)
+    saver = CheckpointSaver(store, config.checkpoint.asynchronous, report.say, config.parallel.timeout)
     with closing(report), make_loader(run, ctx) as loader, saver:
         while sampler.step < config.train.steps and not stopping:
             start = time.perf_counter()

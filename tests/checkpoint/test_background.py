@@ -31,8 +31,8 @@ def place() -> ParallelContext:
     return ParallelContext(torch.device("cpu"), rank, world, tp=world, tp_rank=rank)
 
 
-def saver_of(directory: Path, say: Callable[[str], None]) -> CheckpointSaver:
-    return CheckpointSaver(CheckpointStore(directory, place()), True, say)
+def saver_of(directory: Path, say: Callable[[str], None], patience: float = 60) -> CheckpointSaver:
+    return CheckpointSaver(CheckpointStore(directory, place()), True, say, patience)
 
 
 def state_of(step: int) -> tuple[dict[str, Shards | torch.Tensor], dict[str, Any]]:
@@ -156,16 +156,16 @@ def test_a_failure_is_the_same_line_on_every_rank(tmp_path: Path, damage: str, w
         assert load(directory, 1) == 1
 
 
-def leave_by(directory: Path, error: type[BaseException]) -> tuple[list[str], list[str]]:
-    """What is committed, and said, when the context is left by an error while a save is under way."""
+def leave_by(directory: Path, error: type[BaseException], goes_on: bool) -> tuple[list[str], list[str]]:
+    """What is committed, and said, when the context is left by an error while a save is under way, or hangs."""
     said: list[str] = []
     gate = storage.write_safetensors = Gate()  # type: ignore[assignment]
-    saver = saver_of(directory, said.append)
+    saver = saver_of(directory, said.append, 60 if goes_on else 0.1)
     try:
         with saver:
             saver.save(1, *state_of(1))
             gate.reached.acquire()
-            if error is not KeyboardInterrupt:
+            if goes_on:
                 gate.opened.release()
             raise error
     except error:
@@ -173,15 +173,17 @@ def leave_by(directory: Path, error: type[BaseException]) -> tuple[list[str], li
     return [path.name for path in directory.iterdir()], said
 
 
-def test_an_error_waits_for_the_save_an_interrupt_does_not(tmp_path: Path) -> None:
+def test_an_error_waits_for_the_save_but_not_for_ever_an_interrupt_does_not(tmp_path: Path) -> None:
     committed = (["step-00000001"], [f"step 1  saved {tmp_path}/error/step-00000001"])
-    assert run_ranks(1, leave_by, tmp_path / "error", UserError) == [committed]
-    assert run_ranks(1, leave_by, tmp_path / "interrupt", KeyboardInterrupt) == [([".tmp-step-00000001"], [])]
+    assert run_ranks(1, leave_by, tmp_path / "error", UserError, True) == [committed]
+    unfinished = ([".tmp-step-00000001"], [])
+    assert run_ranks(1, leave_by, tmp_path / "silence", RuntimeError, False) == [unfinished]
+    assert run_ranks(1, leave_by, tmp_path / "interrupt", KeyboardInterrupt, False) == [unfinished]
 
 
 def test_a_save_that_is_not_asynchronous_is_committed_when_it_returns(tmp_path: Path) -> None:
     said: list[str] = []
-    saver = CheckpointSaver(CheckpointStore(tmp_path), False, said.append)
+    saver = CheckpointSaver(CheckpointStore(tmp_path), False, said.append, 60)
     saver.save(1, {"a": torch.ones(3)}, {})
     assert said == [f"step 1  saved {tmp_path}/step-00000001"]
     assert saver.copy.buffer.numel() == 0, "nothing is copied"

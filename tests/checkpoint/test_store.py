@@ -329,7 +329,7 @@ def save_and_die(directory: Path, step: int, module: str, function: str, after: 
             original(*args, **kwargs)
         os._exit(9)
 
-    saver = CheckpointSaver(CheckpointStore(directory), asynchronous, say=print)
+    saver = CheckpointSaver(CheckpointStore(directory), asynchronous, say=print, patience=60)
     setattr(owner, function, die)
     with saver:
         saver.save(step, whole(step), {"step": step, "consumed": {"en": [1, 2]}})
