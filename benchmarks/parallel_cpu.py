@@ -2,10 +2,10 @@
 
     python benchmarks/parallel_cpu.py [--steps N] [--out DIR]
 
-The ranks of a layout are forked and share the machine's cores, so the ratios say what cutting costs, not what it gains.
-Steps of the layout and of one process take turns, so that a busy machine slows both alike. All train the same tokens
-from the same weights, fp32. Collectives of one step are counted on every rank and compared with the fewest that the
-layout needs. Writes `parallel_cpu-<date>.json`, `.md` and `.png`.
+The ranks of a layout are forked and share the machine's cores, one thread each: the CPU time of all says what cutting
+costs, the clock what is gained in spite of it. Steps of the layout and of one process take turns, so that a busy
+machine slows both alike. All train the same tokens from the same weights, fp32. Collectives of one step are counted on
+every rank and compared with the fewest that the layout needs. Writes `parallel_cpu-<date>.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations

@@ -55,11 +55,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['cpu']}, {result['cores']} cores, one thread for each rank; Python {result['python']}, torch "
         f"{result['torch']}, gloo; fp32. hidden {model['hidden_size']}, {model['num_layers']} layers, vocabulary "
         f"{model['vocab_size']}; a step is {result['sequences']} sequences of {result['seq_length']} tokens, one to a "
-        f"micro-batch. {result['steps']} steps of each layout and of one process take turns. Ranks share the cores: a "
-        "layout does the work of one process and its own besides, so the ratios say what cutting costs, not what it "
-        "gains; CPU time is that of all ranks, and 2 of it on 2 cores take 1 by the clock. The machine's load was "
-        f"{result['load_average']} before and {result['load_average_after']} after; where that is far above the ranks' "
-        "own, read the CPU time.",
+        f"micro-batch. {result['steps']} steps of each layout and of one process take turns. The ranks share the "
+        f"{result['cores']} cores. CPU time is that of all ranks together: what it has above 1 is what cutting costs "
+        "here, where every collective passes through the kernel. The time by the clock is at best that over the number "
+        f"of cores in use. The machine's load was {result['load_average']} before and {result['load_average_after']} "
+        "after; where it is far above the ranks' own, read the CPU time.",
         "",
         "| layout | ranks | step, s | time / one process | quartiles | CPU time / one process | quartiles |",
         "|---|---|---|---|---|---|---|",
@@ -96,6 +96,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ratios = [result["layouts"][name][clock]["median"] for name in names]
         axis.barh([place + shift for place in range(len(names))], ratios, height=0.4, label=label)
     axis.set_yticks(range(len(names)), names)
+    axis.margins(y=0.01)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set(xlabel="multiple of one process", title=f"A training step on {result['cores']} cores of {result['cpu']}")
     axis.legend()
