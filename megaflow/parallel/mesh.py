@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
@@ -65,20 +65,17 @@ class ParallelContext:
         if world % parallel.replica:
             raise ValueError(f"pp x cp x tp = {parallel.replica} does not divide the {world} ranks")
         sizes = {"pp": parallel.pp, "dp": world // parallel.replica, "cp": parallel.cp, "tp": parallel.tp}
-        mesh = init_device_mesh(torch.device(device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        groups = {name: mesh.get_group(name) for name, size in sizes.items() if size > 1}
         grid = torch.arange(world).view(tuple(sizes.values()))
-        data = grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"])
+        rows = {name: grid.movedim(i, -1).flatten(0, -2) for i, (name, size) in enumerate(sizes.items()) if size > 1}
         if sizes["cp"] > 1:
             # a group of its own even without dp: keys and values must not wait for gradients under way
-            groups |= _group_of("data", data)
-        elif sizes["dp"] > 1:
-            groups["data"] = groups["dp"]
+            rows["data"] = grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"])
         if parallel.pp > 1:
-            pipelines = grid.flatten(1).T
-            for name in PIPELINE_CHANNELS:
-                groups |= _group_of(name, pipelines)
-            groups |= _group_of("embedding", pipelines[:, [0, -1]])
+            rows |= dict.fromkeys(PIPELINE_CHANNELS, rows["pp"])
+            rows["embedding"] = rows["pp"][:, [0, -1]]
+        groups = _groups(rows, timedelta(seconds=parallel.timeout))
+        if sizes["cp"] == 1 and sizes["dp"] > 1:
+            groups["data"] = groups["dp"]
         if parallel.symmetric_memory:
             symmetric.enable(groups["tp"])
         places = {f"{name}_rank": int((grid == rank).nonzero()[0, i]) for i, name in enumerate(sizes)}
@@ -133,10 +130,15 @@ class ParallelContext:
         return size // self.tp
 
 
-def _group_of(name: str, rows: torch.Tensor) -> dict[str, dist.ProcessGroup]:
-    """Makes a group of each row of ranks and gives the one of this rank by name; nothing where it is in none."""
-    own, _ = dist.new_subgroups_by_enumeration(rows.tolist())
-    return {name: own} if isinstance(own, dist.ProcessGroup) else {}
+def _groups(rows: dict[str, torch.Tensor], timeout: timedelta) -> dict[str, dist.ProcessGroup]:
+    """Makes groups of the rows of ranks under each name, and gives those that this rank is in."""
+    groups = {}
+    for name, ranks in rows.items():
+        # without a timeout of their own, groups have torch's and not that of the default group
+        own, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)
+        if isinstance(own, dist.ProcessGroup):
+            groups[name] = own
+    return groups
 
 
 def on_main_rank(ctx: ParallelContext, action: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megaflow.config_parallel import ParallelConfig
@@ -46,6 +47,24 @@ def shared_groups() -> bool:
 
 def test_keys_and_values_have_a_group_to_themselves() -> None:
     assert run_ranks(2, shared_groups) == [False, False]
+
+
+def wait_in_vain() -> dict[str, str]:
+    """What the first rank hears in each of its groups when nobody else comes."""
+    ctx, said = ParallelContext.create(ParallelConfig(pp=2, cp=2, timeout=1), "cpu"), {}
+    if ctx.rank == 0:
+        works = {name: dist.all_reduce(torch.ones(1), group=group, async_op=True) for name, group in ctx.groups.items()}
+        for name, work in works.items():
+            with pytest.raises(RuntimeError) as caught:
+                work.wait()
+            said[name] = str(caught.value)
+    return said
+
+
+def test_every_group_has_the_timeout_of_the_config() -> None:
+    said = run_ranks(4, wait_in_vain, timeout=20)[0]
+    assert said.keys() == {"pp", "cp", "data", "embedding", *PIPELINE_CHANNELS}
+    assert [name for name, line in said.items() if "Timed out waiting 1000ms" not in line] == []
 
 
 def test_a_group_of_one_is_an_error() -> None:
