@@ -21,7 +21,7 @@ from megaflow.parallel import collectives
 from megaflow.parallel.layers import vocabulary_rows
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.parallel.parameters import ALIGNMENT
-from megaflow.parallel.schedule import make_schedule
+from megaflow.parallel.schedule import chunk_owners
 
 FP32, FP64 = 4, 8
 """Bytes."""
@@ -160,7 +160,7 @@ class Step:
 
     def _messages(self, counts: Counts, ctx: ParallelContext) -> None:
         parallel = self.parallel
-        owners = make_schedule(parallel.schedule, parallel.pp, self.micro_batches, parallel.chunks_per_rank).owners
+        owners = chunk_owners(parallel.schedule, parallel.pp, parallel.chunks_per_rank)
         size = self.tokens // ctx.cp * self.model.hidden_size * FP32 // (ctx.tp if ctx.sequence_parallel else 1)
         for before, after in itertools.pairwise(owners):
             if before == after:

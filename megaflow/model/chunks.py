@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaflow.config import ModelConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.model.flops import head_flops, layer_flops
-from megaflow.parallel.schedule import make_schedule
+from megaflow.parallel.schedule import chunk_owners
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def whole_model(config: ModelConfig) -> Chunks:
 
 def chunks_of(config: ModelConfig, parallel: ParallelConfig, seq_length: int, pp_rank: int) -> Chunks:
     """The chunks that the schedule gives to a pipeline rank."""
-    owners = make_schedule(parallel.schedule, parallel.pp, parallel.pp, parallel.chunks_per_rank).owners
+    owners = chunk_owners(parallel.schedule, parallel.pp, parallel.chunks_per_rank)
     edges = [0]
     for layers in layers_per_chunk(config, parallel, seq_length):
         edges.append(edges[-1] + layers)

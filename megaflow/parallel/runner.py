@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaflow.config_parallel import ParallelConfig
 from megaflow.parallel.layers import Job
-from megaflow.parallel.schedule import Action, Schedule, forward_only, make_schedule
+from megaflow.parallel.schedule import Action, Schedule, chunk_owners, forward_only, make_schedule
 from megaflow.parallel.simulator import Communicator, Transfer, action_ends
 
 if TYPE_CHECKING:
@@ -65,11 +65,12 @@ class Pipeline:
 
     def _program(self, micro_batches: int, training: bool) -> Program:
         if (micro_batches, training) not in self._programs:
-            parallel, rank = self.parallel, self.model.ctx.pp_rank
-            count = micro_batches if training else parallel.pp
-            schedule = make_schedule(parallel.schedule, parallel.pp, count, parallel.chunks_per_rank)
-            if not training:
-                schedule = forward_only(schedule.owners, micro_batches)
+            rank = self.model.ctx.pp_rank
+            name, pp, chunks = self.parallel.schedule, self.parallel.pp, self.parallel.chunks_per_rank
+            if training:
+                schedule = make_schedule(name, pp, micro_batches, chunks)
+            else:
+                schedule = forward_only(chunk_owners(name, pp, chunks), micro_batches)
             final = last_gradients(self.model, schedule.ranks[rank]) if training else {}
             self._programs[micro_batches, training] = Program(posts(schedule, rank), final)
         return self._programs[micro_batches, training]

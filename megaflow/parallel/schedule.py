@@ -10,7 +10,7 @@ input is what the neighbour waits for, the gradient of its weights can be comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -54,11 +54,17 @@ class Schedule:
         return len(self.owners) // len(self.ranks)
 
 
+def chunk_owners(name: str, pp: int, chunks: int) -> tuple[int, ...]:
+    """The rank that holds each chunk of the model, `chunks` per rank, under the schedule of that name."""
+    ranks = tuple(range(pp))
+    return (*ranks, *reversed(ranks)) if name == "zb_v" else ranks * chunks
+
+
 def gpipe(pp: int, micro_batches: int) -> Schedule:
     """All forwards, then all backwards (Huang et al., GPipe, arXiv 1811.06965): every activation is alive at once."""
     order = [*_each("forward", micro_batches), *_each("backward", micro_batches)]
     ranks = [[Action(kind, index, rank) for kind, index in order] for rank in range(pp)]
-    return _schedule("gpipe", micro_batches, _loop(pp, 1), ranks)
+    return _schedule("gpipe", micro_batches, ranks)
 
 
 def one_f_one_b(pp: int, micro_batches: int) -> Schedule:
@@ -71,7 +77,7 @@ def one_f_one_b(pp: int, micro_batches: int) -> Schedule:
         forwards, backwards = _each("forward", micro_batches), _each("backward", micro_batches)
         order = _alternate(forwards, backwards, warmup=pp - 1 - rank)
         ranks.append([Action(kind, index, rank) for kind, index in order])
-    return _schedule("1f1b", micro_batches, _loop(pp, 1), ranks)
+    return _schedule("1f1b", micro_batches, ranks)
 
 
 def interleaved(pp: int, micro_batches: int, chunks: int) -> Schedule:
@@ -87,7 +93,7 @@ def interleaved(pp: int, micro_batches: int, chunks: int) -> Schedule:
         forwards = [Action("forward", i, chunk) for group in groups for chunk in held for i in group]
         backwards = [Action("backward", i, chunk) for group in groups for chunk in reversed(held) for i in group]
         ranks.append(_alternate(forwards, backwards, warmup=2 * (pp - 1 - rank) + (chunks - 1) * pp))
-    return _schedule("interleaved", micro_batches, _loop(pp, chunks), ranks)
+    return _schedule("interleaved", micro_batches, ranks, chunks)
 
 
 def zb_h1(pp: int, micro_batches: int) -> Schedule:
@@ -107,7 +113,7 @@ def zb_h1(pp: int, micro_batches: int) -> Schedule:
         rest = range(max(micro_batches - rank, 0), micro_batches)
         actions += [Action("backward_weight", index, rank) for index in rest]
         ranks.append(actions)
-    return _schedule("zb_h1", micro_batches, _loop(pp, 1), ranks)
+    return _schedule("zb_h1", micro_batches, ranks)
 
 
 def zb_v(pp: int, micro_batches: int) -> Schedule:
@@ -117,8 +123,7 @@ def zb_v(pp: int, micro_batches: int) -> Schedule:
     With equal costs and at least 2 pp micro-batches no rank idles between its first action and its last, and each holds
     2 pp activations of half a rank's layers: 1F1B's peak, on every rank.
     """
-    owners = (*range(pp), *reversed(range(pp)))
-    return _schedule("zb_v", micro_batches, owners, [_v_rank(pp, rank, micro_batches) for rank in range(pp)])
+    return _schedule("zb_v", micro_batches, [_v_rank(pp, rank, micro_batches) for rank in range(pp)], chunks=2)
 
 
 def _v_rank(pp: int, rank: int, micro_batches: int) -> list[Action]:
@@ -163,8 +168,8 @@ def forward_only(owners: tuple[int, ...], micro_batches: int) -> Schedule:
     pp = max(owners) + 1
     groups = [range(i, min(i + pp, micro_batches)) for i in range(0, micro_batches, pp)]
     order = [Action("forward", i, chunk) for group in groups for chunk in range(len(owners)) for i in group]
-    ranks = [[action for action in order if owners[action.chunk] == rank] for rank in range(pp)]
-    return _schedule("forward", micro_batches, owners, ranks)
+    ranks = [tuple(action for action in order if owners[action.chunk] == rank) for rank in range(pp)]
+    return Schedule("forward", micro_batches, owners, tuple(ranks))
 
 
 def _each(kind: Kind, micro_batches: int) -> list[tuple[Kind, int]]:
@@ -178,11 +183,8 @@ def _alternate(forwards: list[T], backwards: list[T], warmup: int) -> list[T]:
     return [*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :]]
 
 
-def _loop(pp: int, chunks: int) -> tuple[int, ...]:
-    return tuple(range(pp)) * chunks
-
-
-def _schedule(name: str, micro_batches: int, owners: tuple[int, ...], ranks: Iterable[Iterable[Action]]) -> Schedule:
+def _schedule(name: str, micro_batches: int, ranks: Sequence[Iterable[Action]], chunks: int = 1) -> Schedule:
+    owners = chunk_owners(name, len(ranks), chunks)
     return Schedule(name, micro_batches, owners, tuple(tuple(actions) for actions in ranks))
 
 
