@@ -20,6 +20,7 @@ from megaflow.parallel import runner
 from tests.distributed import run_ranks
 from tests.live_bytes import LiveBytes
 from tests.parallel.pipelines import SEQ_LENGTH, Case, Outcome, Rank, deviation, relative
+from tests.tiny import make_batch
 
 TOLERANCE = 1e-5
 
@@ -82,6 +83,40 @@ def test_every_schedule_follows_one_process(world: int, expected: Callable[[Case
         assert sum(outcome.computed for outcome in outcomes) == case.micro_batches * case.matrices * parallel.tp * dp
         put_off = case.matrices if parallel.schedule in ("zb_h1", "zb_v") else 0
         assert sum(len(outcome.put_off) for outcome in outcomes) == put_off * parallel.tp * dp
+
+
+def run_of_changes(case: Case, counts: list[int], of_replica: list[list[list[list[int]]]]) -> tuple[list[Outcome], Any]:
+    """Steps with these numbers of micro-batches, then the losses alone of the replica's own batches."""
+    rank = Rank(case)
+    outcomes = []
+    for count in counts:
+        rank.case = case._replace(micro_batches=count)
+        rank.gradients.zero()
+        outcomes.append(rank.step())
+    return outcomes, rank.pipeline.losses(of_lengths(of_replica[rank.ctx.dp_rank]))
+
+
+def of_lengths(rows: list[list[list[int]]]) -> list[Batch]:
+    """Batches of documents of these lengths, always the same."""
+    return [make_batch(lengths, torch.Generator().manual_seed(5)) for lengths in rows]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
+def test_micro_batches_change_in_number_and_evaluated_ones_in_size(
+    schedule: str, expected: Callable[[Case, int], Outcome]
+) -> None:
+    """Replicas may evaluate batches of other numbers too, or none."""
+    case, counts = Case({"pp": 2, "schedule": schedule}), [4, 2, 4]
+    of_replica = [[[[16], [5, 11]], [[7, 9]], [[16], [16], [8, 8]]], []]
+    by_rank = run_ranks(4, run_of_changes, case, counts, of_replica)
+    for number, count in enumerate(counts):
+        outcomes = [steps[number] for steps, _ in by_rank]
+        assert deviation(outcomes, expected(case._replace(micro_batches=count), 2)) < TOLERANCE
+    model = Rank(Case({})).model
+    whole = [model.loss(batch).detach() for batch in of_lengths(of_replica[0])]
+    found = {index: losses for _, of_rank in by_rank for index, losses in of_rank.items()}
+    assert [relative(found[index], losses) < TOLERANCE for index, losses in enumerate(whole)] == [True] * 3
+    assert sum(bool(of_rank) for _, of_rank in by_rank) == 1
 
 
 def step_without(case: Case, what: str) -> Outcome:
