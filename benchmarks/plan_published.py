@@ -17,6 +17,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
 from megaflow.planning.published import SOURCES, Row, rows
+from megaflow.planning.report import summary
 
 
 def main(
@@ -49,14 +50,10 @@ def values(row: Row) -> dict[str, object]:
 
 def markdown(found: list[Row]) -> str:
     """The table, its summary and the sources."""
-    held_out = [row for row in found if row.fits is None]
-    worst = max(held_out, key=lambda row: abs(row.miss))
-    mean = sum(abs(row.miss) for row in held_out) / len(held_out)
     lines = [
         "# Published step times, predicted",
         "",
-        f"{len(found)} rows; {len(found) - len(held_out)} fit a parameter each, {len(held_out)} are held out: mean "
-        f"miss {mean:.1%}, largest {worst.miss:+.1%} ({worst.name}, {worst.layout.schedule}).",
+        f"{summary(found)}.",
         "",
         "| model | GPUs | batch x length | layout | published s | predicted s | miss | fits | source |",
         "|---|---|---|---|---|---|---|---|---|",

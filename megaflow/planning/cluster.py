@@ -1,9 +1,10 @@
 """GPUs by their data sheets, the links between them, and what programs reach of both.
 
-From NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L40S, and the Ada architecture white paper for the
-RTX 4090. Peaks are dense bf16 with fp32 sums: half of what the sheets print for sparse matrices. Links are per
-direction, half of what the sheets print; H800 is H100 with 400 GB/s of NVLink. Memory is what the driver shows.
-Networks are those of NVIDIA's own machines, 200 Gbit/s for each A100 and 400 for each H100; for others, usual ones.
+Figures are those of NVIDIA's data sheets of A100, H100 and H200 SXM and L40S, and of the Ada white paper for the RTX
+4090; those of H100, H200 and L40S were compared with pages that quote the sheets, the others are the ones generally
+known. Peaks are dense bf16 with fp32 sums: half of what the sheets print for sparse matrices. Links are per direction,
+half of what the sheets print; H800 is H100 with 400 GB/s of NVLink. Memory is what the driver shows. Networks are those
+of NVIDIA's own machines, 200 Gbit/s for each A100 and 400 for each H100; for others, usual ones.
 """
 
 from __future__ import annotations

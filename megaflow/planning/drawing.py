@@ -29,6 +29,10 @@ NAMES: dict[Kind, str] = {
     "backward_weight": "weight gradient",
 }
 DIGIT_INCHES = 0.065
+FEWEST_BARS = 4
+"""There is room for as many, so that one alone is no wall."""
+MOST_NAMED = 10
+"""Bars that have room for their layouts' names; more are numbered as in the table."""
 PALETTE = ("#5b8def", "#2fa37c", "#f0a63c", "#c65b7c", "#8d6cc9", "#6b7785", "#3fb6c4", "#b5a642", "#d98c5f")
 """Of stacked bars, from the bottom."""
 
@@ -70,13 +74,16 @@ def draw_plans(plans: list[Plan], room: float, target: Path) -> None:
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     items = {item: [asdict(rank)[item] / 2**30 for rank in first.ranks] for item in asdict(first.ranks[0])}
+    left.axhline(room / 2**30, color="black", linestyle="--", linewidth=1, label=f"room: {room / 2**30:.1f}")
     _stack(left, [str(rank) for rank in range(len(first.ranks))], items)
-    left.axhline(room / 2**30, color="black", linestyle="--", linewidth=1)
-    left.set(xlabel="pipeline rank", ylabel="GiB", title=first.layout.title)
-    left.title.set_fontsize(9)
+    left.set(xlabel="pipeline rank", ylabel="GiB", title=f"memory of {first.layout.brief}")
+    left.set_ylim(top=1.06 * max(room, first.memory) / 2**30)
     parts = {part: [plan.step.parts[part] for plan in plans] for part in first.step.parts}
-    _stack(right, [str(number + 1) for number in range(len(plans))], parts)
-    right.set(xlabel="layout" if len(plans) > 1 else "", ylabel="seconds", title="time of a step")
+    crowded = len(plans) > MOST_NAMED
+    names = [str(number) if crowded else plan.layout.brief.replace(" ", "\n") for number, plan in enumerate(plans, 1)]
+    _stack(right, names, parts)
+    right.set(xlabel="layout" if crowded else "", ylabel="seconds", title="time of a step")
+    right.tick_params(axis="x", labelsize=7 if len(plans) > 4 else 9)
     _write(figure, target)
 
 
@@ -84,8 +91,11 @@ def _stack(axis: Axes, labels: list[str], items: dict[str, list[float]]) -> None
     bottom = [0.0] * len(labels)
     for (item, heights), colour in zip(items.items(), PALETTE, strict=False):
         if any(heights):
-            axis.bar(labels, heights, bottom=bottom, label=item, color=colour, width=0.7)
+            axis.bar(range(len(labels)), heights, bottom=bottom, label=item, color=colour, width=0.7)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    axis.set_xticks(range(len(labels)), labels)
+    middle, half = (len(labels) - 1) / 2, max(len(labels), FEWEST_BARS) / 2
+    axis.set_xlim(middle - half - 0.1, middle + half + 0.1)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -134,7 +135,38 @@ class Layout:
 
     def made(self, micro_batches: int) -> Schedule:
         """Its schedule, for so many micro-batches."""
-        return make_schedule(self.schedule, self.pp, micro_batches, self.chunks)
+        return _made(self.schedule, self.pp, micro_batches, self.chunks)
+
+    def overrides(self, config: Config) -> list[str]:
+        """What to add to the command line of a run of `config` to have this layout; nothing when it has it."""
+        parallel, train = config.parallel, config.train
+        its, fused = parallel.layers_per_chunk, parallel.symmetric_memory
+        settings: list[tuple[str, object, object]] = [
+            ("parallel.tp", self.tp, parallel.tp),
+            ("parallel.sequence_parallel", self.sequence_parallel, parallel.sequence_parallel),
+            ("parallel.symmetric_memory", fused and self.sequence_parallel, fused),
+            ("parallel.cp", self.cp, parallel.cp),
+            ("parallel.pp", self.pp, parallel.pp),
+            ("parallel.schedule", self.schedule, parallel.schedule),
+            ("parallel.chunks", self.chunks, parallel.chunks_per_rank),
+            ("parallel.layers_per_chunk", self.layers_per_chunk, tuple(its) if its else None),
+            ("parallel.zero", self.zero, parallel.zero),
+            ("train.micro_batch_size", self.micro_batch, train.micro_batch_size),
+            ("train.recompute", self.recompute, train.recompute),
+            ("train.recompute_interval", self.recompute_interval, train.recompute_interval),
+        ]
+        return [f"{key}={_yaml(value)}" for key, value, its in settings if value != its]
+
+    @cached_property
+    def brief(self) -> str:
+        """In a table's column: sizes above 1, and chunks as `pp4x5`."""
+        parts = [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp)) if size > 1]
+        if self.pp > 1:
+            parts.append(f"pp{self.pp}x{self.chunks}" if self.schedule == "interleaved" else f"pp{self.pp}")
+        parts.append(f"dp{self.dp}")
+        parts += [f"mb{self.micro_batch}"] if self.micro_batch > 1 else []
+        parts += [self.schedule] if self.pp > 1 and self.schedule not in ("1f1b", "interleaved") else []
+        return " ".join([*parts, self.recompute] if self.recompute != "none" else parts)
 
     @cached_property
     def title(self) -> str:
@@ -145,6 +177,16 @@ class Layout:
         parts += [f"x {self.chunks} chunks"] if self.schedule == "interleaved" else []
         parts += [f"dp {self.dp}", f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"]
         return ", ".join(parts).replace(", x", " x")
+
+
+def _yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+@lru_cache(maxsize=32)
+def _made(name: str, pp: int, micro_batches: int, chunks: int) -> Schedule:
+    """Schedules are large, and layouts that differ in recomputation alone come one after the other."""
+    return make_schedule(name, pp, micro_batches, chunks)
 
 
 @lru_cache(maxsize=4096)

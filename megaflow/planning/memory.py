@@ -44,9 +44,13 @@ class RankMemory:
     """bf16 copies of gradients on their way."""
 
     @property
+    def state(self) -> int:
+        """What is there between steps too."""
+        return self.weights + self.master + self.gradients + self.moments
+
+    @property
     def total(self) -> int:
-        kept = self.weights + self.master + self.gradients + self.moments + self.activations
-        return kept + self.logits + self.messages + self.working + self.buckets
+        return self.state + self.activations + self.logits + self.messages + self.working + self.buckets
 
 
 def parameters(model: ModelConfig, held: Held, tp: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+from megaflow.parallel.schedule import Schedule
 from megaflow.parallel.simulator import Costs, Timeline, simulate
 from megaflow.planning.layout import Layout
 
@@ -40,11 +42,14 @@ def live_activations(layout: Layout, micro_batches: int) -> list[int]:
     if layout.schedule == "zb_h1":
         return [min(pp, micro_batches)] * pp
     if layout.schedule == "zb_v":
-        if micro_batches >= 2 * pp:
-            return [2 * pp] * pp
-        return list(simulate(layout.made(micro_batches)).peak_activations)
+        return [2 * pp] * pp if micro_batches >= 2 * pp else _peaks(layout.made(micro_batches))
     warmup = [(pp - 1 - r) if chunks == 1 else 2 * (pp - 1 - r) + (chunks - 1) * pp for r in range(pp)]
     return [min(wait + 1, micro_batches * chunks) for wait in warmup]
+
+
+@lru_cache(maxsize=32)
+def _peaks(schedule: Schedule) -> list[int]:
+    return list(simulate(schedule).peak_activations)
 
 
 def simulated(layout: Layout, micro_batches: int, costs: Sequence[Costs]) -> tuple[float, Timeline]:

@@ -1,7 +1,8 @@
 """Step times that others have published, for the planner to reproduce.
 
 Four rows are fitted, one parameter each; all others are held out. A GPT model is given as the LLaMA model of equal
-matrix products: a feed-forward layer of 4 H without gate is one of 8 / 3 H with it.
+matrix products: a feed-forward layer of 4 H without gate is one of 8 / 3 H with it. What the sources leave open, which
+`Practice` a row has and sequence parallelism where they name none, is our reading, and the same for a whole source.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from megaflow.planning.step import StepModel
 from megaflow.planning.work import Practice
 
 SOURCES = {
-    "dgxc": "NVIDIA/dgxc-benchmarking on GitHub, llama3.1, nemo_megatron, nemotron READMEs (NeMo 24.09 to 24.12, 2025)",
-    "nemo": "NVIDIA NeMo user guide, performance summary, NeMo 24.07 (August 2024)",
-    "flagperf": "FlagOpen/FlagPerf on GitHub, training/nvidia/*-megatron*/README.md (2024)",
-    "korthikanti": "Korthikanti et al., arXiv 2205.05198, table 5 (May 2022)",
-    "qi": "Qi et al., arXiv 2401.10241, tables 3 and 4 (January 2024); their vocabulary is not given: 50304 is taken",
+    "dgxc": "NVIDIA/dgxc-benchmarking on GitHub, README_*.md of llama3.1 (70B: commit 8f5cbb3), nemo_megatron (175B: "
+    "commit 0b71cfd) and nemotron, NeMo 24.09 to 24.12",
+    "nemo": "NVIDIA NeMo performance summary, NeMo 24.07; commit 070a0bb of NVIDIA/NeMo, "
+    "docs/source/performance/performance_summary.md",
+    "flagperf": "FlagOpen/FlagPerf on GitHub, training/nvidia/{llama2_70B-megatron,llama2_7b-megatron-deepspeed,"
+    "llama3_70B-megatron}/README.md",
+    "korthikanti": "Korthikanti et al., arXiv 2205.05198, table 5, after a summary of it, not read in the paper itself",
+    "qi": "Qi et al., arXiv 2401.10241, tables 3 and 4; the vocabulary is not given: 50304 is taken",
 }
 
 NEMO = Practice(overlaps_tensor=True, overlaps_context=True, fuses_gradients=True, traffic=1)
@@ -144,9 +148,9 @@ def _dgxc() -> list[Row]:
 def _llama2() -> list[Row]:
     """LLaMA-2 on H100 in NeMo, which is published in fp8 only."""
     runs: list[tuple[str, ModelConfig, int, int, dict[str, Any]]] = [
-        ("7B", LLAMA2_7B, 8, 16634, {}),
-        ("13B", LLAMA2_13B, 16, 8715, {"pp": 4, "chunks": 10}),
-        ("70B", LLAMA2_70B, 64, 1717, {"tp": 4, "pp": 4, "chunks": 20}),
+        ("7B", LLAMA2_7B, 8, 16847, {}),
+        ("13B", LLAMA2_13B, 16, 8646, {"pp": 4, "chunks": 10}),
+        ("70B", LLAMA2_70B, 64, 1707, {"tp": 4, "pp": 4, "chunks": 20}),
     ]
     return [
         _row(f"LLaMA-2 {size} fp8", "nemo", model, 4096, 128, gpus, 128 * 4096 / rate / gpus, practice=FP8, **cut)

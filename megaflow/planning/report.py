@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megaflow.config import Config
 from megaflow.planning.cluster import Cluster
 from megaflow.planning.layout import Job
 from megaflow.planning.memory import RESERVED, rank_parameters
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2**30
+WORDS = ("layout", "fitted", "source")
+"""Columns that are no numbers."""
 
 
-def ranking(found: Found, cluster: Cluster) -> list[RenderableType]:
-    """The best layouts, and what did not fit."""
+def ranking(found: Found, config: Config, cluster: Cluster) -> list[RenderableType]:
+    """The best layouts, what to add to the config's command line for the first, and what did not fit."""
     columns = ["tp", "sp", "cp", "pp", "schedule", "dp", "micro", "recompute", "GiB", "s/step", "tokens/s/GPU"]
     table = _table([*columns, "MFU", "bubble", "exposed"])
     for plan in found.best:
@@ -36,17 +39,19 @@ def ranking(found: Found, cluster: Cluster) -> list[RenderableType]:
             str(layout.micro_batch),
             layout.recompute,
             f"{plan.memory / GIB:.1f}",
-            f"{step.seconds:.3g}",
+            _seconds(step.seconds),
             f"{step.tokens:,.0f}",
             f"{step.mfu:.1%}",
             f"{step.bubble:.1%}",
             f"{step.exposed:.1%}",
         )
     lines: list[RenderableType] = [table] if found.best else []
+    if found.best:
+        lines.append(f"the first: {' '.join(found.best[0].layout.overrides(config)) or 'as the config has it'}")
     room = (cluster.gpu.memory - RESERVED) / GIB
     lines.append(f"{found.fitting} layouts fit into {room:.1f} GiB, {found.too_large} do not")
     if found.nearest is not None:
-        lines.append(f"nearest of those: {found.nearest.layout.title} needs {found.nearest.memory / GIB:.1f} GiB")
+        lines.append(f"the least: {found.nearest.layout.title}, needs {found.nearest.memory / GIB:.1f} GiB")
     return lines
 
 
@@ -68,7 +73,7 @@ def detail(plan: Plan, job: Job, cluster: Cluster) -> list[RenderableType]:
     parameters = max(rank_parameters(job, plan.layout)) / 1e9
     return [
         plan.layout.title,
-        f"{step.seconds:.3g} s a step, {step.tokens:,.0f} tokens/s/GPU, MFU {step.mfu:.1%}",
+        f"{_seconds(step.seconds)} s a step, {step.tokens:,.0f} tokens/s/GPU, MFU {step.mfu:.1%}",
         f"fullest: pipeline rank {plan.fullest}, {plan.memory / GIB:.1f} GiB; {verdict} {room:.1f} GiB; "
         f"{parameters:.2f} B parameters on a rank at most",
         memory,
@@ -79,28 +84,40 @@ def detail(plan: Plan, job: Job, cluster: Cluster) -> list[RenderableType]:
 
 def published_table(rows: list[Row]) -> list[RenderableType]:
     """Published rows beside what the planner says."""
-    table = _table(["model", "GPUs", "layout", "published s", "predicted s", "miss", "fitted"])
+    table = _table(["model", "GPUs", "layout", "published s", "predicted s", "miss", "fitted", "source"])
     for row in rows:
         gpus = f"{row.layout.gpus} {row.gpu}"
         times = f"{row.seconds:.2f}", f"{row.predicted:.2f}", f"{row.miss:+.1%}"
-        table.add_row(row.name, gpus, row.layout.title, *times, row.fits or "")
-    worst = max(rows, key=lambda row: abs(row.miss))
-    mean = sum(abs(row.miss) for row in rows) / len(rows)
-    held_out = sum(row.fits is None for row in rows)
-    summary = f"{len(rows)} rows, {held_out} held out; mean miss {mean:.1%}, largest {worst.miss:+.1%} ({worst.name})"
-    return [table, summary, *(f"{key}: {text}" for key, text in SOURCES.items())]
+        table.add_row(row.name, gpus, row.layout.brief, *times, row.fits or "", row.source)
+    return [table, summary(rows), *(f"{key}: {text}" for key, text in SOURCES.items())]
 
 
-def values(plan: Plan, job: Job) -> dict[str, Any]:
+def summary(rows: list[Row]) -> str:
+    """How far off the rows are that nothing was fitted to."""
+    held_out = [row for row in rows if row.fits is None]
+    worst = max(held_out, key=lambda row: abs(row.miss))
+    mean = sum(abs(row.miss) for row in held_out) / len(held_out)
+    return (
+        f"{len(rows)} rows; {len(rows) - len(held_out)} fit a parameter each, {len(held_out)} are held out: mean miss "
+        f"{mean:.1%}, largest {worst.miss:+.1%} ({worst.name}, {worst.layout.schedule})"
+    )
+
+
+def values(plan: Plan, job: Job, config: Config) -> dict[str, Any]:
     """A plan as plain values, in bytes and seconds."""
     layout = asdict(plan.layout) | {"dp": plan.layout.dp}
     return {
         "layout": layout,
+        "overrides": plan.layout.overrides(config),
         "step": asdict(plan.step) | {"bubble": plan.step.bubble, "exposed": plan.step.exposed},
         "memory": [asdict(rank) | {"total": rank.total} for rank in plan.ranks],
         "fullest_rank": plan.fullest,
         "sent": volumes(job, plan.layout),
     }
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3f}"
 
 
 def _table(columns: list[str]) -> Table:
@@ -109,5 +126,5 @@ def _table(columns: list[str]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if number == 0 or column in WORDS else "right", no_wrap=True)
     return table

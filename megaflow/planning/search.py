@@ -68,7 +68,7 @@ class Found:
     too_large: int
     """Layouts that need more memory than a GPU has."""
     nearest: Plan | None
-    """Of these the one that needs least."""
+    """Where none fits, the one that needs least."""
 
 
 def legal(job: Job, cluster: Cluster, wanted: Wanted) -> Iterator[Layout]:
@@ -114,26 +114,30 @@ def search(
 ) -> Found:
     """The `count` fastest layouts that fit, and what did not.
 
-    All are ranked by closed formulas and bounds of memory; of the first ones the pipeline is simulated.
+    All are ranked by closed formulas, and what a bound of the memory leaves in doubt is counted exactly; of the first
+    ones the pipeline is simulated.
     """
     model = StepModel(job, cluster, practice or Practice())
     room = cluster.gpu.memory - RESERVED
     rough: list[Plan] = []
-    too_large, nearest = 0, None
+    too_large: list[tuple[int, Layout]] = []
     for layout in legal(job, cluster, wanted or Wanted()):
         ranks = memory(job, layout, exact=False)
-        most = max(rank.total for rank in ranks)
-        if most > room:
-            too_large += 1
-            if nearest is None or most < max(rank.total for rank in nearest[1]):
-                nearest = layout, ranks
-            continue
-        rough.append(Plan(layout, model.estimate(layout, exact=False), ranks))
+        if _most(ranks) > room and max(rank.state for rank in ranks) <= room:
+            ranks = memory(job, layout)
+        if _most(ranks) > room:
+            too_large.append((_most(ranks), layout))
+        else:
+            rough.append(Plan(layout, model.estimate(layout, exact=False), ranks))
     rough.sort(key=lambda plan: plan.step.seconds)
     best = [plan_of(model, plan.layout) for plan in rough[: REFINED * count]]
     best.sort(key=lambda plan: plan.step.seconds)
-    missed = plan_of(model, nearest[0]) if nearest else None
-    return Found(best[:count], len(rough), too_large, missed)
+    nearest = min(too_large, key=lambda missed: missed[0])[1] if too_large and not rough else None
+    return Found(best[:count], len(rough), len(too_large), plan_of(model, nearest) if nearest else None)
+
+
+def _most(ranks: list[RankMemory]) -> int:
+    return max(rank.total for rank in ranks)
 
 
 def plan_of(model: StepModel, layout: Layout) -> Plan:

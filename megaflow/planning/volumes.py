@@ -11,7 +11,8 @@ def volumes(job: Job, layout: Layout) -> dict[str, float]:
 
     Under sequence parallelism a layer gathers and scatters its residuals four times forward and six times backward,
     where the input of the column-parallel layers is gathered again; else it sums them four times, which is twice as
-    much each. Recomputation adds no collective but those of the two products that full recomputes.
+    much each. Full recomputation repeats those of a layer's forward pass but the last, and gathers keys and values
+    again; selective repeats none.
     """
     model, element = job.model, job.element
     micro_batches = layout.micro_batches(job)
@@ -21,6 +22,7 @@ def volumes(job: Job, layout: Layout) -> dict[str, float]:
     collectives: float = 10 if layout.sequence_parallel else 8
     if layout.recompute == "full":
         collectives += 3 / layout.recompute_interval if layout.sequence_parallel else 2 / layout.recompute_interval
+    gathered = 2 + (1 / layout.recompute_interval if layout.recompute == "full" else 0)
     keys = 2 * tokens * layout.cp * model.num_kv_heads * model.head_dim // layout.tp * element
     boundaries = len(layout.owners) - 1 - (layout.schedule == "zb_v" and layout.pp > 1)
     held = max(rank_parameters(job, layout))
@@ -28,7 +30,7 @@ def volumes(job: Job, layout: Layout) -> dict[str, float]:
     share = (layout.data - 1) / layout.data
     return {
         "tensor parallel": micro_batches * layers * collectives * residual * (layout.tp - 1) / layout.tp,
-        "context parallel": micro_batches * layers * 2 * keys * (layout.cp - 1) / layout.cp,
+        "context parallel": micro_batches * layers * gathered * keys * (layout.cp - 1) / layout.cp,
         "pipeline": micro_batches
         * 2
         * boundaries

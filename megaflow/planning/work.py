@@ -33,7 +33,7 @@ class Practice:
     """The matrix product adds to the fp32 sum of a weight's gradient itself."""
     flash: bool = True
     """Attention keeps its scores in the cores; without, they go through memory."""
-    traffic: float = 4.0
+    traffic: float = 3.4
     """Bytes that norms, residuals, rotary embedding and SwiGLU move, over those of kernels fused as far as can be; ours
     are composed of torch's operations."""
     linear_speed: float = 1.0
@@ -221,7 +221,7 @@ class Workload:
         elif gathers and self.layout.splits:  # the other gradient comes later: there is nothing to run under
             backward, later = collective * (1 if sp else 2), collective if sp else 0.0
         elif gathers:
-            backward = max(0.0, collective - compute) * 2
+            backward = 2 * max(0.0, collective - compute) if sp else max(0.0, 2 * collective - compute)
         return Passes(
             Work(matmul=compute, tensor=forward),
             Work(matmul=compute, tensor=backward),

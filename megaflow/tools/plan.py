@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,34 +22,41 @@ MOST_PASSES = 250_000
 """Micro-batches times chunks of all ranks that are still laid out within seconds."""
 WIDTH = 140
 """Columns of a table where the output is no terminal."""
+OF_A_RUN = ("overrides", "gpus", "gpu", "nodes_of", "network", "matmul", "best", "micro_batch", "recompute", "layout")
+OF_A_SCHEDULE = ("schedule", "pp", "micro_batches", "chunks")
 
 
 def plan(
-    overrides: Annotated[list[str] | None, typer.Argument(help="With --config: section.key=value")] = None,
+    context: typer.Context,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Run: section.key=value")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML of the run to plan.")] = None,
-    gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40, h100, h200, h800, l40s or rtx4090.")] = "h100",
-    nodes_of: Annotated[int, typer.Option(help="GPUs per node.")] = 8,
-    network: Annotated[float | None, typer.Option(help="Gbit/s between nodes, for each GPU.")] = None,
-    matmul: Annotated[float | None, typer.Option(help="Share of the peak that matrix products reach.")] = None,
-    best: Annotated[int, typer.Option(help="Layouts to list.")] = 8,
-    micro_batch: Annotated[int | None, typer.Option(help="Only this micro-batch size.")] = None,
-    recompute: Annotated[str | None, typer.Option(help="Only this: none, selective or full.")] = None,
-    layout: Annotated[bool, typer.Option("--layout", help="The config's own layout in detail.")] = False,
+    gpus: Annotated[int, typer.Option(help="Run: GPUs of the cluster.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Run: a100, a100-40, h100, h200, h800, l40s or rtx4090.")] = "h100",
+    nodes_of: Annotated[int, typer.Option(help="Run: GPUs per node.")] = 8,
+    network: Annotated[float | None, typer.Option(help="Run: Gbit/s between nodes, for each GPU.")] = None,
+    matmul: Annotated[float | None, typer.Option(help="Run: share of the peak that matrix products reach.")] = None,
+    best: Annotated[int, typer.Option(help="Run: layouts to list.")] = 8,
+    micro_batch: Annotated[int | None, typer.Option(help="Run: only this micro-batch size.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="Run: only this, none, selective or full.")] = None,
+    layout: Annotated[bool, typer.Option("--layout", help="Run: the config's own layout in detail.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Published step times, predicted.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    schedule: Annotated[str, typer.Option(help="gpipe, 1f1b, interleaved, zb_h1 or zb_v.")] = "1f1b",
-    pp: Annotated[int, typer.Option(help="Pipeline ranks.")] = 4,
-    micro_batches: Annotated[int, typer.Option(help="Micro-batches per step.")] = 8,
-    chunks: Annotated[int | None, typer.Option(help="Chunks per rank; none: as few as the schedule has.")] = None,
-    draw: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
+    schedule: Annotated[str, typer.Option(help="Schedule: gpipe, 1f1b, interleaved, zb_h1 or zb_v.")] = "1f1b",
+    pp: Annotated[int, typer.Option(help="Schedule: pipeline ranks.")] = 4,
+    micro_batches: Annotated[int, typer.Option(help="Schedule: micro-batches per step.")] = 8,
+    chunks: Annotated[int | None, typer.Option(help="Schedule: chunks per rank; none: as few as it has.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Run or --published: print JSON.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Run or schedule: PNG to write.")] = None,
 ) -> None:
     """Predict memory, step time and MFU of the layouts of a run, or show what a pipeline schedule costs.
 
-    With --config: the fastest layouts that fit (or --layout: its own, in detail) on --gpus of a --gpu; --draw draws
-    memory by pipeline rank and time by part. Without it: bubble and peak activations of a --schedule, in which forward,
-    input gradient and weight gradient of a chunk take one unit of time each and transfers none; --draw draws it.
+    A run, with --config: the fastest layouts that fit (or --layout: its own, in detail) on --gpus of a --gpu; --draw
+    draws memory by pipeline rank and time by part. A schedule, without --config: bubble and peak activations of a
+    --schedule, in which forward, input gradient and weight gradient of a chunk take one unit of time each and transfers
+    none; --draw draws it.
     """
+    _no_others(context, published, config)
+    if draw is not None:
+        _check_picture(draw)
     if published:
         _published(as_json)
     elif config is not None:
@@ -59,9 +67,36 @@ def plan(
             load_config(config, overrides, files=False), cluster, best, micro_batch, recompute, layout, as_json, draw
         )
     else:
-        if overrides:
-            raise UserError(f"{overrides[0]!r}: only with --config; give the run's YAML")
         _schedule(schedule, pp, micro_batches, chunks, draw)
+
+
+def _no_others(context: typer.Context, published: bool, config: Path | None) -> None:
+    """UserError for an option that would be ignored."""
+    names: tuple[str, ...]
+    if published:
+        names, where = ("config", "draw", *OF_A_RUN, *OF_A_SCHEDULE), "not with --published; leave it out"
+    elif config is not None:
+        names, where = (
+            OF_A_SCHEDULE,
+            "not with --config, which has its own; set parallel.schedule=... or parallel.pp=...",
+        )
+    else:
+        names, where = ("as_json", *OF_A_RUN), "only with --config; give the run's YAML"
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = {"overrides": "section.key=value", "as_json": "--json"}.get(name, "--" + name.replace("_", "-"))
+            raise UserError(f"{option}: {where}")
+
+
+def _check_picture(target: Path) -> None:
+    """UserError, before anything is worked out, for a name that no picture can have."""
+    if target.is_dir():
+        raise UserError(f"--draw {target}: is a folder; name a PNG in it")
+    if target.suffix.lower() != ".png":
+        raise UserError(f"--draw {target}: pictures are PNGs; give a name that ends in .png")
+    if not target.parent.is_dir():
+        raise UserError(f"--draw {target}: there is no folder {target.parent}; make it first")
 
 
 def _plan_run(
@@ -89,17 +124,17 @@ def _plan_run(
     if own:
         plans = [plan_of(StepModel(job, cluster, Practice()), Layout.of(config, cluster.gpus))]
         lines = detail(plans[0], job, cluster)
-        tree: dict[str, Any] = values(plans[0], job)
+        tree: dict[str, Any] = values(plans[0], job, config)
     else:
         if best < 1:
             raise UserError(f"--best {best}: must be at least 1")
         found = search(job, cluster, best, Wanted.parse(micro_batch, recompute, config.parallel.zero))
-        plans, lines = found.best, ranking(found, cluster)
+        plans, lines = found.best, ranking(found, config, cluster)
         tree = {
-            "best": [values(plan, job) for plan in plans],
+            "best": [values(plan, job, config) for plan in plans],
             "fitting": found.fitting,
             "too_large": found.too_large,
-            "nearest": values(found.nearest, job) if found.nearest else None,
+            "nearest": values(found.nearest, job, config) if found.nearest else None,
         }
         if not plans and found.nearest is None:
             raise UserError(
@@ -107,9 +142,10 @@ def _plan_run(
                 "take another number of GPUs or another batch"
             )
     _print(lines, tree if as_json else None)
-    if draw is not None and plans:
-        draw_plans(plans, cluster.gpu.memory - RESERVED, draw)
-        typer.echo(draw, err=as_json)
+    if draw is not None:
+        if plans:
+            draw_plans(plans, cluster.gpu.memory - RESERVED, draw)
+        typer.echo(draw if plans else f"{draw}: not drawn, for nothing fits", err=as_json)
 
 
 def _published(as_json: bool) -> None:
@@ -163,8 +199,10 @@ def _cluster(gpu: str, gpus: int, node: int, network: float | None, matmul: floa
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu!r}: there is no data sheet of it here; choose one of {', '.join(GPUS)}")
     for name, value in (("--gpus", gpus), ("--nodes-of", node), ("--network", network), ("--matmul", matmul)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < inf:
             raise UserError(f"{name} {value}: must be above 0")
+    if matmul is not None and matmul > 1:
+        raise UserError(f"--matmul {matmul}: is a share of the peak; give at most 1")
     if gpus > node and gpus % node:
         raise UserError(f"--gpus {gpus}: is no multiple of --nodes-of {node}; give whole nodes")
     kind = GPUS[gpu]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaflow.config import ModelConfig
+from megaflow.config_load import load_config
 from megaflow.parallel.schedule import make_schedule
 from megaflow.planning import step as planning_step
 from megaflow.planning.cluster import GPUS, Cluster
 from megaflow.planning.layout import Job, Layout
-from megaflow.planning.memory import RESERVED, rank_parameters
+from megaflow.planning.memory import RESERVED, memory, rank_parameters
 from megaflow.planning.pipeline import simulated
 from megaflow.planning.published import LLAMA2_7B, LLAMA2_70B
 from megaflow.planning.search import REFINED, Wanted, legal, search
@@ -39,6 +42,47 @@ def test_every_layout_is_legal() -> None:
         make_schedule(layout.schedule, layout.pp, layout.micro_batches(JOB), layout.chunks)
         assert sum(held.layers for held in layout.held(JOB)) == 32
     assert {layout.schedule for layout in found} == {"1f1b", "interleaved", "zb_h1", "zb_v"}
+
+
+CHATFLOW = Path(__file__).parents[2] / "configs" / "chatflow-7b.yaml"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [],
+        [
+            "parallel.pp=2",
+            "parallel.schedule=interleaved",
+            "parallel.chunks=3",
+            "parallel.layers_per_chunk=[5,5,5,5,5,7]",
+        ],
+        ["parallel.zero=false", "parallel.symmetric_memory=true", "train.recompute=full", "train.recompute_interval=2"],
+    ],
+)
+def test_the_trainer_takes_every_layout_as_the_overrides_say(own: list[str]) -> None:
+    """Whatever layout the config has itself."""
+    config = load_config(CHATFLOW, own, files=False)
+    found = list(legal(Job.of(config), CLUSTER, Wanted(zero=config.parallel.zero)))
+    for layout in random.Random(3).sample(found, 40):
+        other = load_config(CHATFLOW, own + layout.overrides(config), files=False)
+        assert other.check_world(16) == layout.dp
+        assert Layout.of(other, 16) == layout
+        assert layout.overrides(other) == []
+
+
+def test_what_does_not_fit_is_counted_exactly() -> None:
+    """The bound of the memory alone would refuse some that fit."""
+    cluster, wanted = Cluster(GPUS["a100-40"], 4, node=4), Wanted(micro_batch=2, recompute="full")
+    room = cluster.gpu.memory - RESERVED
+    found = search(JOB, cluster, 1, wanted)
+    layouts = list(legal(JOB, cluster, wanted))
+    sizes = [max(rank.total for rank in memory(JOB, layout)) for layout in layouts]
+    assert found.fitting == sum(size <= room for size in sizes)
+    assert found.too_large == sum(size > room for size in sizes) > 0
+    bounds = [max(rank.total for rank in memory(JOB, layout, exact=False)) for layout in layouts]
+    assert any(size <= room < bound for size, bound in zip(sizes, bounds, strict=True))
+    assert found.nearest is None
 
 
 def test_the_best_fit_and_are_in_order() -> None:
@@ -122,6 +166,11 @@ def test_volumes() -> None:
     assert sent["gradients"] == pytest.approx(4 * held * 3 / 4)
     assert sent["parameters"] == pytest.approx(2 * held * 3 / 4)
     assert sent["context parallel"] == 0
+    cut = Layout(16, cp=2, micro_batch=2)
+    keys = 2 * 2 * 4096 * 4096 * 2 / 2  # both, half of them from the other rank
+    assert volumes(JOB, cut)["context parallel"] == 4 * 32 * 2 * keys
+    again = replace(cut, recompute="full", recompute_interval=2)
+    assert volumes(JOB, again)["context parallel"] == 4 * 32 * 2.5 * keys
 
 
 def test_no_torch_is_imported() -> None:

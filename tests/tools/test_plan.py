@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from megaflow.parallel.schedule import Kind
 from megaflow.planning.drawing import COLOURS
+from megaflow.planning.published import Row
 from megaflow.tools.cli import main
 
 
@@ -89,7 +90,9 @@ def test_picture(
         (["--schedule", "zb_v", "--chunks", "4"], "has 2 chunks per rank, got 4"),
         (["--pp", "100000"], "--pp 100000 --micro-batches 8: too many actions"),
         (["--draw", "{tmp}"], "is a folder"),
-        (["--draw", "{tmp}/none/x.png"], "cannot be written"),
+        (["--draw", "{tmp}/none/x.png"], "there is no folder"),
+        (["--draw", "{tmp}/x.jpg"], "ends in .png"),
+        ([*CHATFLOW, "--draw", "{tmp}/none/x.png"], "there is no folder"),
         (["--config", "{tmp}/none.yaml"], "none.yaml: cannot be read"),
         ([*CHATFLOW, "--gpu", "h1000"], "choose one of a100"),
         ([*CHATFLOW, "--gpus", "12"], "--gpus 12: is no multiple of --nodes-of 8"),
@@ -101,7 +104,13 @@ def test_picture(
         ([*CHATFLOW, "model.vocab_size=0"], "give model.vocab_size=32000"),
         ([*CHATFLOW, "train.precision=fp32"], "add train.precision=bf16"),
         ([*CHATFLOW, "--micro-batch", "1", "--draw", "{tmp}"], "is a folder"),
+        ([*CHATFLOW, "--network", "nan"], "--network nan: must be above 0"),
+        ([*CHATFLOW, "--matmul", "5"], "give at most 1"),
+        ([*CHATFLOW, "--pp", "2"], "--pp: not with --config"),
         (["parallel.pp=2"], "only with --config"),
+        (["--gpus", "64"], "--gpus: only with --config"),
+        (["--json"], "--json: only with --config"),
+        (["--published", "--draw", "{tmp}/x.png"], "--draw: not with --published"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -129,6 +138,7 @@ def test_layouts_of_a_run_are_ranked(
     lines = out.splitlines()
     assert all(word in lines[1] for word in ("schedule", "GiB", "s/step", "tokens/s/GPU", "MFU", "bubble", "exposed"))
     assert sum(line.rstrip().endswith("%") for line in lines) == 3
+    assert any(line.startswith("the first: parallel.") for line in lines)
     assert any("layouts fit into 75.6 GiB" in line for line in lines)
     assert lines[-1] == str(target)
     assert imread(target).shape[:2] == (660, 1560)
@@ -140,6 +150,28 @@ def test_a_layout_in_detail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert code == 0
     assert out.startswith("tp 4, pp 2 zb_v, dp 2, micro-batch 2, recompute none\n")
     assert all(word in out for word in ("moments", "logits", "fullest: pipeline rank 0", "gradients", "bubble"))
+
+
+def test_published_rows_take_a_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Row, "predicted", property(lambda row: row.seconds * (1.1 if row.fits else 0.9)))
+    code, out, _ = call(monkeypatch, capsys, "--published")
+    assert code == 0
+    table, summary = out.split("59 rows; 4 fit a parameter each, 55 are held out: mean miss ")
+    assert len(table.strip().splitlines()) == 2 + 59
+    assert all(len(line) <= 140 for line in out.splitlines())
+    assert "tp4 cp2 pp4x5 dp2 " in table
+    assert summary.startswith("10.0%, largest -10.0% ")
+    assert "dgxc: NVIDIA/dgxc-benchmarking" in summary
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "plan.png"
+    options = [*CHATFLOW, "--gpus", "1", "--gpu", "rtx4090", "--draw", str(target)]
+    code, out, _ = call(monkeypatch, capsys, *options)
+    assert code == 0
+    assert "\nthe least: " in out
+    assert out.endswith("not drawn, for nothing fits\n")
+    assert not target.exists()
 
 
 def test_json_adds_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
