@@ -23,7 +23,7 @@ from megaflow.planning.published import LLAMA2_7B, LLAMA2_70B
 from megaflow.planning.search import REFINED, Wanted, legal, search
 from megaflow.planning.step import StepModel
 from megaflow.planning.volumes import volumes
-from megaflow.planning.work import Practice
+from megaflow.planning.work import Practice, Workload
 
 JOB = Job(LLAMA2_7B, 4096, 64)
 CLUSTER = Cluster(GPUS["h100"], 16)
@@ -155,6 +155,22 @@ def test_what_costs_time() -> None:
     sharded, whole = (StepModel(JOB, CLUSTER, Practice()).estimate(replace(data, zero=zero)) for zero in (True, False))
     assert whole.parts["update"] == pytest.approx(16 * sharded.parts["update"])
     assert whole.parts["update"] > 0.05
+
+
+def test_an_all_reduce_has_one_product_to_run_under() -> None:
+    """Without sequence parallelism; with it a reduce-scatter and an all-gather have one each."""
+    base = Layout(8, tp=8)
+    slow = replace(CLUSTER.gpu, link=CLUSTER.gpu.link / 4)
+    exposed = {}
+    for sp in (False, True):
+        work = Workload(JOB, replace(base, sequence_parallel=sp), Cluster(slow, 8))
+        collective = work._collective()
+        compute = [work._product(4096, size / 8, gathers=True).forward.matmul for size in (3 * 4096, 2 * 11008)]
+        assert all(collective > seconds for seconds in compute)
+        wanted = sum(2 * collective - (2 if sp else 1) * seconds for seconds in compute)
+        exposed[sp] = work.layer(recomputed=False).backward_input.tensor
+        assert exposed[sp] == pytest.approx(wanted + (2 * collective if sp else 0))  # rows gather the gradient
+    assert exposed[False] < exposed[True]
 
 
 def test_volumes() -> None:
