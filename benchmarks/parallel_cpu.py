@@ -52,7 +52,6 @@ from benchmarks.parallel_cpu_report import draw, markdown, summarise
 from benchmarks.train_cpu_report import cpu_name
 
 OPTIM = OptimConfig(lr=3e-4)
-CLIP = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,7 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """CPU seconds of a step on this rank, and the mean loss before it."""
         start = time.process_time()
-        outcome = train_step(
-            self.pipeline, self.gradients, self.optimizer, self.batches, 1, OPTIM.lr, CLIP, self.ctx, stop=False
-        )
+        outcome = train_step(self.pipeline, self.gradients, self.optimizer, self.batches, 1, OPTIM.lr, stop=False)
         self.parameters.wait()
         loss, tokens = outcome.totals[0, [LOSS, LOSS_TOKENS]].tolist()
         return {"cpu_seconds": time.process_time() - start, "loss": loss / tokens}

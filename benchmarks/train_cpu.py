@@ -47,8 +47,7 @@ from megaflow.train.step import train_step
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/, wherever this is started
 from benchmarks.train_cpu_report import class_seconds, cpu_name, draw, markdown, summarise
 
-OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
-CLIP = 1.0
+OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1, clip=1.0)
 SCOPES = {"rms_norm": "norm", "cross_entropy": "loss"}
 """Operations whose class of the profile has another name."""
 
@@ -128,9 +127,7 @@ class Megaflow:
 
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step; the mean loss before it."""
-        outcome = train_step(
-            self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, CLIP, self.ctx, stop=False
-        )
+        outcome = train_step(self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, stop=False)
         loss, tokens = outcome.totals[0, [LOSS, LOSS_TOKENS]].tolist()
         return loss / tokens
 
@@ -182,7 +179,7 @@ class Transformers:
             ).loss
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total

@@ -110,9 +110,7 @@ def train(run: Run, ctx: ParallelContext) -> bool:
             fetched = time.perf_counter()
             lr = learning_rate(config.optim, plan.step, config.train.steps)
             leave = stop.requested or saver.failed
-            outcome = train_step(
-                pipeline, gradients, state.optimizer, batches, len(run.sources), lr, config.optim.clip, ctx, leave
-            )
+            outcome = train_step(pipeline, gradients, state.optimizer, batches, len(run.sources), lr, leave)
             stopping = asked = bool(outcome.stop > 0)
             if samples is not None:
                 samples.write(plan.step, batches)

@@ -12,7 +12,6 @@ from megaflow.data.loader import Batch
 from megaflow.optim.adamw import AdamW
 from megaflow.optim.clip import clip_scale
 from megaflow.parallel.gradients import GradientBuffer
-from megaflow.parallel.mesh import ParallelContext
 from megaflow.parallel.runner import Pipeline
 from megaflow.train.metrics import LOSS_TOKENS, SourceTotals
 
@@ -38,8 +37,6 @@ def train_step(
     batches: list[Batch],
     num_sources: int,
     lr: float,
-    clip: float,
-    ctx: ParallelContext,
     stop: bool,
 ) -> StepOutcome:
     """Forward, backward, reduce, clip and update over this rank's micro-batches of one global batch.
@@ -47,7 +44,13 @@ def train_step(
     The loss is the sum over all tokens with loss in the global batch divided by their number, whatever rank or
     micro-batch they fell to: gradients are summed undivided, and the division joins the clip factor. What ranks must
     agree on, the totals, the squared norm and the request to stop, travels in one fp64 all-reduce over all of them.
+
+    Args:
+        num_sources: of the batches' source indices.
+        lr: of this step.
+        stop: whether this rank was asked to stop.
     """
+    ctx = gradients.ctx
     gradients.zero()
     totals = SourceTotals(num_sources, ctx)
     for index, losses in pipeline.train(batches, gradients).items():
@@ -62,6 +65,6 @@ def train_step(
     loss_tokens = values[:, LOSS_TOKENS].sum().clamp(min=1)
     grad_norm = (squared_norm.sqrt() / loss_tokens).float()
     skipped = (~torch.isfinite(grad_norm)).float()
-    scale = clip_scale(grad_norm, clip) / loss_tokens.float()
+    scale = clip_scale(grad_norm, optimizer.config.clip) / loss_tokens.float()
     optimizer.step(lr, scale, skipped)
     return StepOutcome(values, grad_norm, skipped, stopping)

@@ -33,10 +33,8 @@ ROUNDED = 2e-2
 """Where something is summed or computed in bf16."""
 STEPS = 2
 SOURCES = 3
-OPTIM = OptimConfig(lr=3e-3, eps=1e-6)
-"""With an eps that keeps small the steps of elements whose gradient is rounding alone."""
-CLIP = 0.05
-"""Acts in every step."""
+OPTIM = OptimConfig(lr=3e-3, eps=1e-6, clip=0.05)
+"""With an eps that keeps small the steps of elements whose gradient is rounding alone; clips in every step."""
 BUCKET_BYTES = 32 * 2**10
 """So that a model has several buckets."""
 DOCUMENTS = {"packed": [[24], [5, 19], [1, 1, 9, 13], [4, 4, 4, 4, 8]], "whole": [[24]]}
@@ -78,9 +76,7 @@ class Trainer:
 
     def step(self, number: int) -> StepOutcome:
         batches = self.batches(number)
-        return train_step(
-            self.pipeline, self.gradients, self.optimizer, batches, SOURCES, OPTIM.lr, CLIP, self.ctx, stop=False
-        )
+        return train_step(self.pipeline, self.gradients, self.optimizer, batches, SOURCES, OPTIM.lr, stop=False)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches."""
@@ -125,7 +121,7 @@ def one_process(task: Task, steps: int = STEPS) -> Curve:
     """The run that all layouts follow: fp32, one micro-batch."""
     trainer = Trainer(Case(micro_batches=1), ParallelContext.single(), task)
     losses, norms, gradients = run(trainer, steps)
-    assert float(norms.min()) > CLIP
+    assert float(norms.min()) > OPTIM.clip
     return Curve(losses, norms, whole(gradients), whole(trainer.whole_weights()))
 
 

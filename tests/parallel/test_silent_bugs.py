@@ -40,7 +40,7 @@ class Trainer:
         self.model = tiny_model(self.config, self.ctx)
         self.parameters = FlatParameters(self.model, self.parallel, bucket_bytes=2**14)
         self.gradients = GradientBuffer(self.parameters, self.ctx, self.parallel)
-        self.optimizer = AdamW(OptimConfig(lr=1e-2, weight_decay=DECAY), self.parameters, self.gradients)
+        self.optimizer = AdamW(OptimConfig(lr=1e-2, weight_decay=DECAY, clip=0.0), self.parameters, self.gradients)
         self.pipeline = Pipeline(self.model, self.parallel)
 
     @classmethod
@@ -53,7 +53,7 @@ class Trainer:
         return cls(parallel, ParallelContext.create(parallel, "cpu"), tiny_config())
 
     def step(self, batches: list[Batch], lr: float = 1e-2) -> StepOutcome:
-        outcome = train_step(self.pipeline, self.gradients, self.optimizer, batches, 1, lr, 0.0, self.ctx, stop=False)
+        outcome = train_step(self.pipeline, self.gradients, self.optimizer, batches, 1, lr, stop=False)
         self.parameters.wait()
         return outcome
 

@@ -19,7 +19,7 @@ from tests.tiny import make_batch
 MICRO_BATCHES = 4
 SMALL = 12 << 10
 """Bytes of a bucket: the first ones hold one matrix, the smaller matrices share some."""
-OPTIM = OptimConfig(lr=3e-3)
+OPTIM = OptimConfig(lr=3e-3, clip=0.5)
 
 
 def micro_batches(step: int, ctx: ParallelContext) -> list[Batch]:
@@ -42,9 +42,7 @@ class Trainer:
 
     def step(self, batches: list[Batch]) -> tuple[float, float, float]:
         """Loss per token, gradient norm, and whether the step was skipped."""
-        outcome = train_step(
-            self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, 0.5, self.ctx, stop=False
-        )
+        outcome = train_step(self.pipeline, self.gradients, self.optimizer, batches, 1, OPTIM.lr, stop=False)
         loss, tokens, _ = outcome.totals[0].tolist()
         return loss / tokens, float(outcome.grad_norm), float(outcome.skipped)
 

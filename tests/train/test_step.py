@@ -20,36 +20,34 @@ from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES
 from megaflow.train.step import StepOutcome, train_step
 from tests.tiny import make_batch, tiny_model
 
-CONFIG = OptimConfig(lr=1e-2, weight_decay=0.1)
-
 
 def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(5)
     return [make_batch([[16], [4, 12]], generator, masked=masked) for masked in (0.1, 0.8)]
 
 
-def build(dtype: torch.dtype = torch.float32) -> tuple[Llama, GradientBuffer, AdamW]:
+def build(dtype: torch.dtype = torch.float32, clip: float = 0.0) -> tuple[Llama, GradientBuffer, AdamW]:
     model = tiny_model(dtype=dtype)
     parameters = FlatParameters(model, ParallelConfig())
     gradients = GradientBuffer(parameters, ParallelContext.single(), ParallelConfig())
-    return model, gradients, AdamW(CONFIG, parameters, gradients)
+    return model, gradients, AdamW(OptimConfig(lr=1e-2, weight_decay=0.1, clip=clip), parameters, gradients)
 
 
-def step(model: Llama, gradients: GradientBuffer, optimizer: AdamW, clip: float = 0.0) -> StepOutcome:
+def step(model: Llama, gradients: GradientBuffer, optimizer: AdamW) -> StepOutcome:
     pipeline = Pipeline(model, ParallelConfig())
-    return train_step(pipeline, gradients, optimizer, batches(), 1, 1e-2, clip, ParallelContext.single(), False)
+    return train_step(pipeline, gradients, optimizer, batches(), 1, 1e-2, stop=False)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_step_is_torch_adamw_on_the_mean_over_all_tokens_with_loss(clip: float) -> None:
-    model, gradients, optimizer = build()
+    model, gradients, optimizer = build(clip=clip)
     peer = tiny_model()
     decayed = [p for p in peer.parameters() if p.ndim > 1]
     plain = [p for p in peer.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     peer_optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(5):
-        outcome = step(model, gradients, optimizer, clip)
+        outcome = step(model, gradients, optimizer)
         peer_optimizer.zero_grad()
         tokens = sum(int((batch.labels >= 0).sum()) for batch in batches())
         loss = sum((peer.loss(batch).sum() for batch in batches()), torch.zeros(())) / tokens
