@@ -1,14 +1,14 @@
 """Runs a rank's part of any pipeline schedule: its actions in order, and plain sends and receives between them.
 
-With NCCL the groups must be connected when they are made, as they are where `init_process_group` is given a device:
-receives are posted early, and one that had to connect first would wait for a send that comes after the rank's own.
+With NCCL the groups must be made when `init_process_group` was given a device: then each has one communicator, which
+does one thing at a time.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,8 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megaflow.config_parallel import ParallelConfig
 from megaflow.parallel.layers import Job
+from megaflow.parallel.mesh import PIPELINE_CHANNELS, ParallelContext
 from megaflow.parallel.schedule import Action, Schedule, chunk_owners, forward_only, make_schedule
-from megaflow.parallel.simulator import Communicator, Transfer, action_ends
+from megaflow.parallel.simulator import Communicator, Transfer, action_ends, transfers
 
 if TYPE_CHECKING:
     from megaflow.data.loader import Batch
@@ -44,12 +45,14 @@ class Program:
 
 
 class Pipeline:
-    """A model's chunks on this rank and the schedules that run them, for a whole run."""
+    """A model's chunks on this rank and the schedules that run them, for a whole run; made by all ranks together."""
 
     def __init__(self, model: Llama, parallel: ParallelConfig) -> None:
         self.model = model
         self.parallel = parallel
         self._programs: dict[tuple[int, bool], Program] = {}
+        if model.ctx.pp > 1:
+            connect(model.ctx, parallel)
 
     def train(self, batches: Sequence[Batch], gradients: GradientBuffer) -> dict[int, Tensor]:
         """Forward and backward passes of a step's micro-batches; gradients of the losses' sum go to the buffer.
@@ -74,6 +77,29 @@ class Pipeline:
             final = last_gradients(self.model, schedule.ranks[rank]) if training else {}
             self._programs[micro_batches, training] = Program(posts(schedule, rank), final)
         return self._programs[micro_batches, training]
+
+
+def connect(ctx: ParallelContext, parallel: ParallelConfig) -> None:
+    """Sends an element on every way that a schedule's messages take; collective.
+
+    NCCL connects two ranks of a communicator at their first message and holds both up until each has posted it. A
+    receive that is posted early would wait for a send that comes after the rank's own.
+    """
+    schedule = make_schedule(parallel.schedule, parallel.pp, parallel.pp, parallel.chunks_per_rank)
+    ends = dict.fromkeys(replace(end, micro_batch=0, chunk=0) for end in transfers(schedule, ctx.pp_rank))
+    for channel in PIPELINE_CHANNELS:
+        messages = [
+            dist.P2POp(
+                dist.isend if end.sends else dist.irecv,
+                torch.zeros(1, device=ctx.device),
+                group=ctx.group(channel),
+                group_peer=end.peer,
+            )
+            for end in ends
+            if end.communicator.group == channel
+        ]
+        for work in dist.batch_isend_irecv(messages) if messages else []:
+            work.wait()
 
 
 def posts(schedule: Schedule, rank: int) -> list[Action | Transfer]:
@@ -220,4 +246,4 @@ class _Step:
         under_way.append((work, tensor))
 
     def _group(self, end: Transfer) -> dist.ProcessGroup:
-        return self.ctx.group(f"{end.communicator.phase}_{end.communicator.direction}")
+        return self.ctx.group(end.communicator.group)

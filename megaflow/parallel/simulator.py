@@ -53,6 +53,11 @@ class Communicator:
     phase: Literal["forward", "backward"]
     direction: Literal["up", "down"]
 
+    @property
+    def group(self) -> str:
+        """The name of its process group."""
+        return f"{self.phase}_{self.direction}"
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:

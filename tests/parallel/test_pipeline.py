@@ -119,27 +119,44 @@ def test_micro_batches_change_in_number_and_evaluated_ones_in_size(
     assert sum(bool(of_rank) for _, of_rank in by_rank) == 1
 
 
-def step_without(case: Case, what: str) -> Outcome:
-    """A step whose messages of a phase do not arrive, or whose tied embeddings are not summed."""
-    rank, receive = Rank(case), dist.irecv
-    lost = [rank.ctx.groups[name] for name in rank.ctx.groups if name.startswith(what)]
+Way = tuple[dist.ProcessGroup | None, bool, int]
+"""Of a message: the group, whether this rank sends it, the other rank."""
 
-    def into_nothing(buffer: Tensor, group: dist.ProcessGroup, group_src: int) -> dist.Work | None:
-        if group not in lost:
-            return receive(buffer, group=group, group_src=group_src)
-        return receive(torch.empty_like(buffer.zero_()), group=group, group_src=group_src)
+
+def ways(case: Case) -> tuple[set[str], set[str]]:
+    """Ways that this rank's messages take where a pipeline is made, all of a group at once, and in a step or losses."""
+    connected: set[Way] = set()
+    used: set[Way] = set()
+    batch, send, receive = dist.batch_isend_irecv, dist.isend, dist.irecv
+
+    def connect(messages: list[dist.P2POp]) -> list[dist.Work]:
+        connected.update((message.group, message.op is send, message.group_peer) for message in messages)
+        assert len({message.group for message in messages}) == 1
+        return batch(messages)
+
+    def isend(tensor: Tensor, group: dist.ProcessGroup, group_dst: int) -> dist.Work | None:
+        used.add((group, True, group_dst))
+        return send(tensor, group=group, group_dst=group_dst)
+
+    def irecv(tensor: Tensor, group: dist.ProcessGroup, group_src: int) -> dist.Work | None:
+        used.add((group, False, group_src))
+        return receive(tensor, group=group, group_src=group_src)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "irecv", into_nothing)
-        if what == "embedding":
-            patch.setattr(dist, "all_reduce", lambda *args, **kwargs: None)
-        return rank.step()
+        patch.setattr(dist, "batch_isend_irecv", connect)
+        rank = Rank(case)
+        patch.setattr(dist, "isend", isend)
+        patch.setattr(dist, "irecv", irecv)
+        rank.step()
+        rank.pipeline.losses(rank.batches())
+    return {str(way) for way in connected}, {str(way) for way in used}
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "embedding"])
-def test_nothing_between_ranks_can_be_left_out(what: str, expected: Callable[[Case, int], Outcome]) -> None:
-    case = Case({"pp": 2}, tie=True)
-    assert deviation(run_ranks(2, step_without, case, what), expected(case, 1)) > 100 * TOLERANCE
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
+def test_ranks_are_connected_before_a_receive_is_posted_early(schedule: str) -> None:
+    """NCCL would wait with a first receive, and all that comes after it, until the other rank sends."""
+    for connected, used in run_ranks(3, ways, Case({"pp": 3, "schedule": schedule}, micro_batches=3)):
+        assert connected == used
 
 
 class Stage(nn.Module):
