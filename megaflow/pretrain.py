@@ -87,6 +87,8 @@ def join_and_train(run: Run, device: torch.device) -> bool:
     cuda, parallel = device.type == "cuda", run.config.parallel
     if cuda:
         torch.cuda.set_device(device)
+        # NCCL warns of sends that wait for other operations of their group: a pipeline's have groups to themselves
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return train(run, ParallelContext.single(device))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
