@@ -12,7 +12,7 @@ from megaflow.config import Config, ModelConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
 from megaflow.model.chunks import layers_per_chunk
-from megaflow.parallel.schedule import Schedule, make_schedule
+from megaflow.parallel.schedule import Schedule, chunk_owners, make_schedule
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -121,8 +121,7 @@ class Layout:
     @property
     def owners(self) -> tuple[int, ...]:
         """The pipeline rank of every chunk."""
-        ranks = tuple(range(self.pp))
-        return (*ranks, *reversed(ranks)) if self.schedule == "zb_v" else ranks * self.chunks
+        return chunk_owners(self.schedule, self.pp, self.chunks)
 
     def held(self, job: Job) -> tuple[Held, ...]:
         """What every chunk holds, by number."""
