@@ -66,16 +66,16 @@ class ParallelContext:
             raise ValueError(f"pp x cp x tp = {parallel.replica} does not divide the {world} ranks")
         sizes = {"pp": parallel.pp, "dp": world // parallel.replica, "cp": parallel.cp, "tp": parallel.tp}
         grid = torch.arange(world).view(tuple(sizes.values()))
-        rows = {name: grid.movedim(i, -1).flatten(0, -2) for i, (name, size) in enumerate(sizes.items()) if size > 1}
-        if sizes["cp"] > 1:
-            # a group of its own even without dp: keys and values must not wait for gradients under way
-            rows["data"] = grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"])
-        if parallel.pp > 1:
-            rows |= dict.fromkeys(PIPELINE_CHANNELS, rows["pp"])
-            rows["embedding"] = rows["pp"][:, [0, -1]]
+        pipelines = grid.flatten(1).T
+        rows = {
+            "tp": grid.flatten(0, -2),
+            "cp": grid.movedim(2, -1).flatten(0, -2),
+            # not the cp group even without dp: keys and values must not wait for gradients under way
+            "data": grid.permute(0, 3, 1, 2).reshape(-1, sizes["dp"] * sizes["cp"]),
+            **dict.fromkeys(PIPELINE_CHANNELS, pipelines),
+            "embedding": pipelines[:, [0, -1]] if parallel.pp > 1 else pipelines,
+        }
         groups = _groups(rows, timedelta(seconds=parallel.timeout))
-        if sizes["cp"] == 1 and sizes["dp"] > 1:
-            groups["data"] = groups["dp"]
         if parallel.symmetric_memory:
             symmetric.enable(groups["tp"])
         places = {f"{name}_rank": int((grid == rank).nonzero()[0, i]) for i, name in enumerate(sizes)}
@@ -113,8 +113,8 @@ class ParallelContext:
     def group(self, name: str) -> dist.ProcessGroup:
         """The group of that name.
 
-        "tp", "cp", "dp", "pp": the ranks that differ in that one coordinate. "data": in dp or cp, which see other
-        tokens and hold the same weights. The `PIPELINE_CHANNELS`: in pp. "embedding": the first and last pipeline rank.
+        "tp", "cp": the ranks that differ in that one coordinate. "data": in dp or cp, which see other tokens and hold
+        the same weights. The `PIPELINE_CHANNELS`: in pp. "embedding": the first and last pipeline rank.
 
         Raises:
             RuntimeError: when this rank would be alone in it.
@@ -131,9 +131,11 @@ class ParallelContext:
 
 
 def _groups(rows: dict[str, torch.Tensor], timeout: timedelta) -> dict[str, dist.ProcessGroup]:
-    """Makes groups of the rows of ranks under each name, and gives those that this rank is in."""
+    """Makes groups of the rows of ranks under each name, and gives those that this rank is in; none of one rank."""
     groups = {}
     for name, ranks in rows.items():
+        if ranks.shape[1] == 1:
+            continue
         # without a timeout of their own, groups have torch's and not that of the default group
         own, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)
         if isinstance(own, dist.ProcessGroup):

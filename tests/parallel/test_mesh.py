@@ -18,21 +18,21 @@ def grid(parallel: ParallelConfig, names: list[str]) -> tuple:
 
 
 def test_tensor_parallel_neighbours_are_adjacent() -> None:
-    assert run_ranks(4, grid, ParallelConfig(tp=2), ["dp", "tp", "data", "pp"]) == [
-        ((0, 0, 0, 0), {"dp": [0, 2], "tp": [0, 1], "data": [0, 2]}),
-        ((0, 0, 0, 1), {"dp": [1, 3], "tp": [0, 1], "data": [1, 3]}),
-        ((0, 1, 0, 0), {"dp": [0, 2], "tp": [2, 3], "data": [0, 2]}),
-        ((0, 1, 0, 1), {"dp": [1, 3], "tp": [2, 3], "data": [1, 3]}),
+    assert run_ranks(4, grid, ParallelConfig(tp=2), ["tp", "data", "cp"]) == [
+        ((0, 0, 0, 0), {"tp": [0, 1], "data": [0, 2]}),
+        ((0, 0, 0, 1), {"tp": [0, 1], "data": [1, 3]}),
+        ((0, 1, 0, 0), {"tp": [2, 3], "data": [0, 2]}),
+        ((0, 1, 0, 1), {"tp": [2, 3], "data": [1, 3]}),
     ]
 
 
 def test_grid_of_all_four() -> None:
-    names = ["pp", "dp", "cp", "tp", "data", "embedding", *PIPELINE_CHANNELS]
+    names = ["cp", "tp", "data", "embedding", *PIPELINE_CHANNELS]
     found = run_ranks(8, grid, ParallelConfig(pp=2, cp=2, tp=1), names)
     assert [place for place, _ in found] == [(p, d, c, 0) for p in (0, 1) for d in (0, 1) for c in (0, 1)]
     _, groups = found[6]
-    pipeline = {key: [2, 6] for key in ["pp", "embedding", *PIPELINE_CHANNELS]}
-    assert groups == pipeline | {"dp": [4, 6], "cp": [6, 7], "data": [4, 5, 6, 7]}
+    pipeline = {key: [2, 6] for key in ["embedding", *PIPELINE_CHANNELS]}
+    assert groups == pipeline | {"cp": [6, 7], "data": [4, 5, 6, 7]}
 
 
 def test_the_embedding_group_is_the_ends_of_the_pipeline() -> None:
@@ -63,7 +63,7 @@ def wait_in_vain() -> dict[str, str]:
 
 def test_every_group_has_the_timeout_of_the_config() -> None:
     said = run_ranks(4, wait_in_vain, timeout=20)[0]
-    assert said.keys() == {"pp", "cp", "data", "embedding", *PIPELINE_CHANNELS}
+    assert said.keys() == {"cp", "data", "embedding", *PIPELINE_CHANNELS}
     assert [name for name, line in said.items() if "Timed out waiting 1000ms" not in line] == []
 
 

@@ -183,7 +183,11 @@ def deviation_from_torch(case: Case) -> float:
     losses = ours.pipeline.train(batches, ours.gradients)
     stages = [
         PipelineStage(
-            Stage(model, number, batches[0]), number, case.parallel.num_chunks, ctx.device, group=ctx.group("pp")
+            Stage(model, number, batches[0]),
+            number,
+            case.parallel.num_chunks,
+            ctx.device,
+            group=ctx.group("forward_up"),
         )
         for number in model.chunks
     ]

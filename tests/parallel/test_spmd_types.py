@@ -98,7 +98,7 @@ def loss_types(sequence_parallel: bool, changed: dict[str, dict[str, Any]] | Non
     changed: types of parameters by name and group, instead of the right ones.
     """
     ctx = ParallelContext.create(ParallelConfig(tp=2, sequence_parallel=sequence_parallel), "cpu")
-    dp, tp = ctx.group("dp"), ctx.group("tp")
+    dp, tp = ctx.group("data"), ctx.group("tp")
     model = tiny_model(tiny_config(num_layers=1), ctx)
     batch = make_batch([[16], [5, 11]], torch.Generator().manual_seed(0))
     layout = model.layout(batch)
