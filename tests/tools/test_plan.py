@@ -145,7 +145,7 @@ def test_layouts_of_a_run_are_ranked(
 
 
 def test_a_layout_in_detail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [*CHATFLOW, "--gpus", "16", "--layout", "parallel.pp=2", "parallel.schedule=zb_v"]
+    options = [*CHATFLOW, "--gpus", "16", "--layout", "parallel.tp=4", "parallel.pp=2", "parallel.schedule=zb_v"]
     code, out, _ = call(monkeypatch, capsys, *options)
     assert code == 0
     assert out.startswith("tp 4, pp 2 zb_v, dp 2, micro-batch 2, recompute none\n")
@@ -175,7 +175,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_json_adds_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(monkeypatch, capsys, *CHATFLOW, "--gpus", "16", "--layout", "--json")
+    code, out, _ = call(monkeypatch, capsys, *CHATFLOW, "--gpus", "16", "--layout", "--json", "parallel.tp=4")
     assert code == 0
     tree = json.loads(out)
     assert tree["layout"]["dp"] == 4
