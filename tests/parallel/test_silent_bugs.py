@@ -14,6 +14,10 @@ from torch import Tensor
 from megaflow.config import ModelConfig, OptimConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch, cut_batch
+from megaflow.kernels.dispatch import select_ops
+from megaflow.model.chunks import chunks_of
+from megaflow.model.llama import Llama
+from megaflow.model.placement import placement
 from megaflow.optim.adamw import AdamW
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.layers import DeferredGradients, column_parallel_linear
@@ -233,6 +237,38 @@ def test_a_document_sees_the_one_before_where_sequences_are_cut() -> None:
     after = torch.stack(run_ranks(2, losses_of_cut, 2)).nansum(0)
     moved = (before != after).nonzero().flatten().tolist()
     assert moved == [2, 3, 4]
+
+
+def stages(tie: bool) -> list[Llama]:
+    """The two stages of a model, as ranks of a pipeline of two replicas would hold them."""
+    config = tiny_config(num_layers=4, tie_embeddings=tie)
+    models = []
+    for rank in (0, 1):
+        ctx = ParallelContext(torch.device("cpu"), rank=2 * rank, world_size=4, pp=2, pp_rank=rank, dp=2)
+        chunks = chunks_of(config, ParallelConfig(pp=2, layers_per_chunk=[1, 3]), 16, rank)
+        models.append(Llama(config, ctx, select_ops("cpu", torch.float32), chunks=chunks))
+    return models
+
+
+def test_a_stage_takes_its_layers_for_the_first_ones_of_the_model() -> None:
+    """Then a checkpoint loaded by another number of stages puts layers in the wrong places (Megatron-LM 7452)."""
+    tables = [placement(model.config, model.ctx, model.chunks) for model in stages(tie=False)]
+    whole = placement(tiny_config(num_layers=4), ParallelContext.single())
+    assert tables[0] | tables[1] == whole
+    assert {name.split(".")[1] for name in tables[1] if name.startswith("layers.")} == {"1", "2", "3"}
+
+
+def test_ends_of_a_pipeline_share_out_a_tied_embedding_differently() -> None:
+    """Then the sum of their gradients adds parts that do not belong together (Megatron-LM 844)."""
+    parts = []
+    for model in stages(tie=True):
+        parameters = FlatParameters(model, ParallelConfig(pp=2, layers_per_chunk=[1, 3]), bucket_bytes=2**12)
+        name = "embed.weight" if model.ctx.pp_rank == 0 else "head.weight"
+        part = parameters.range_of(name, parameters.own(parameters.flat))
+        parts.append((part.start, len(part.values), part.shape))
+        assert parameters.bucket_of[name].names == (name,)
+    assert parts[0] == parts[1]
+    assert 0 < parts[0][1] < parts[0][2][0] * parts[0][2][1]
 
 
 def test_a_step_draws_random_numbers() -> None:
