@@ -262,7 +262,7 @@ def test_ends_of_a_pipeline_share_out_a_tied_embedding_differently() -> None:
     """Then the sum of their gradients adds parts that do not belong together (Megatron-LM 844)."""
     parts = []
     for model in stages(tie=True):
-        parameters = FlatParameters(model, ParallelConfig(pp=2, layers_per_chunk=[1, 3]), bucket_bytes=2**12)
+        parameters = FlatParameters(model, ParallelConfig(pp=2, layers_per_chunk=[1, 3]))
         name = "embed.weight" if model.ctx.pp_rank == 0 else "head.weight"
         part = parameters.range_of(name, parameters.own(parameters.flat))
         parts.append((part.start, len(part.values), part.shape))
