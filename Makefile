@@ -14,7 +14,7 @@ TOKENIZER := --tokenizer configs/demo/tokenizer.model
 
 .PHONY: demo test test-all lint types clean
 
-$(READY): requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
+$(READY): requirements.lock setup.py pyproject.toml $(wildcard csrc/*/*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock

@@ -147,7 +147,7 @@ class Step:
         embed, head = self.embed * self.micro_batches, self.head * self.micro_batches
         if ctx.tp > 1:
             if ctx.sequence_parallel:
-                counts["all-gather", "tp"].add((6 + 2 * full) * passes + embed + 2 * head, whole)
+                counts["all-gather", "tp"].add((6 + 2 * full) * passes + embed + head, whole)
                 counts["reduce-scatter", "tp"].add((4 + full) * passes + embed + head, whole)
             else:
                 counts["all-reduce", "tp"].add((4 + full) * passes + embed + head, whole)

@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of benchmarks/,
 from benchmarks.train_cpu_report import class_seconds, cpu_name, draw, markdown, summarise
 
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1, clip=1.0)
-SCOPES = {"rms_norm": "norm", "cross_entropy": "loss"}
+SCOPES = {"embedding": "other", "rms_norm": "norm", "linear_cross_entropy": "loss"}
 """Operations whose class of the profile has another name."""
 
 

@@ -27,7 +27,8 @@ def summarise(runs: dict[str, dict[str, Any]], tokens: int) -> None:
 def class_seconds(events: Iterable[Any]) -> dict[str, float]:
     """Seconds of a profiler's events by class of operation.
 
-    What ran under `record_function("scope:CLASS")`, or is its backward, is of that class; other products are `matmul`.
+    What ran under `record_function("scope:CLASS")`, or is its backward, is of that class; products outside attention
+    are `matmul`.
     """
     events = sorted(events, key=lambda event: event.time_range.start)
 
@@ -47,8 +48,9 @@ def class_seconds(events: Iterable[Any]) -> dict[str, float]:
             found = classes.get(node.sequence_nr)
         elif event.sequence_nr >= 0:
             classes[event.sequence_nr] = found
-        if found is None:
-            found = "matmul" if event.name in ("aten::mm", "aten::addmm", "aten::bmm") else "other"
+        if event.name in ("aten::mm", "aten::addmm", "aten::bmm") and found != "attention":
+            found = "matmul"
+        found = found or "other"
         seconds[found] += event.self_cpu_time_total / 1e6
     return dict(seconds)
 

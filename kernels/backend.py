@@ -9,8 +9,21 @@ from typing import Any
 import torch
 
 
-def always(device: torch.device, dtype: torch.dtype) -> None:
-    """No device or dtype is missing anything."""
+@dataclass(frozen=True)
+class Situation:
+    """What an operation will be used on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of activations and parameters."""
+    head_dim: int | None = None
+    """Channels of an attention head, where it is known."""
+    whole_documents: bool = True
+    """Whether all of a document's tokens are on one rank."""
+
+
+def always(situation: Situation) -> None:
+    """Nothing is missing anywhere."""
 
 
 @dataclass(frozen=True)
@@ -19,5 +32,16 @@ class Backend:
 
     name: str
     function: Callable[..., Any]
-    missing: Callable[[torch.device, torch.dtype], str | None] = always
-    """What the device or dtype lacks for this backend, or None where it can run."""
+    missing: Callable[[Situation], str | None] = always
+    """What this backend lacks in a situation, or None where it can run."""
+
+
+CACHED_NUMBERS = 2**18
+"""Numbers that a CPU takes at a time, so that the passes over them find them in its cache."""
+
+
+def row_blocks(x: torch.Tensor) -> list[slice]:
+    """The rows of x `[rows, columns]` in blocks that fit a CPU's cache; in one on other devices."""
+    rows, columns = x.shape
+    size = max(CACHED_NUMBERS // max(columns, 1), 1) if x.device.type == "cpu" else max(rows, 1)
+    return [slice(start, start + size) for start in range(0, rows, size)]

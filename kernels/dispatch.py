@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from megaflow.kernels import attention, cross_entropy, norm, rotary, swiglu
-from megaflow.kernels.backend import Backend
+from megaflow.kernels import attention, embedding, linear_cross_entropy, norm, rotary, swiglu
+from megaflow.kernels.backend import Backend, Situation
 
 OPERATIONS: Mapping[str, tuple[Backend, ...]] = {
+    "embedding": embedding.BACKENDS,
     "rms_norm": norm.BACKENDS,
     "rotary": rotary.BACKENDS,
-    "swiglu": swiglu.BACKENDS,
     "attention": attention.BACKENDS,
-    "cross_entropy": cross_entropy.BACKENDS,
+    "swiglu": swiglu.BACKENDS,
+    "linear_cross_entropy": linear_cross_entropy.BACKENDS,
 }
 """Every operation's backends, the preferred one first."""
 
@@ -25,56 +26,67 @@ OPERATIONS: Mapping[str, tuple[Backend, ...]] = {
 class Ops:
     """The operations of the model, each with the signature of its module's `reference`."""
 
+    embedding: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rotary: Callable[..., Any]
-    swiglu: Callable[..., Any]
     attention: Callable[..., Any]
-    cross_entropy: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    linear_cross_entropy: Callable[..., Any]
 
 
-def select_ops(device: torch.device | str, dtype: torch.dtype, overrides: Mapping[str, str] | None = None) -> Ops:
-    """The operations for activations of `dtype` on `device`; `overrides` names backends by operation.
+def select_ops(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    overrides: Mapping[str, str] | None = None,
+    head_dim: int | None = None,
+    whole_documents: bool = True,
+) -> Ops:
+    """The operations in a `Situation`; `overrides` names backends by operation.
 
     Raises:
         ValueError: naming the choices, for an unknown operation or backend or one that cannot run here.
     """
-    chosen = _choose(torch.device(device), dtype, overrides or {})
+    chosen = _choose(Situation(torch.device(device), dtype, head_dim, whole_documents), overrides or {})
     return Ops(**{name: backend.function for name, (backend, _) in chosen.items()})
 
 
 def describe(
-    device: torch.device | str, dtype: torch.dtype, overrides: Mapping[str, str] | None = None
+    device: torch.device | str,
+    dtype: torch.dtype,
+    overrides: Mapping[str, str] | None = None,
+    head_dim: int | None = None,
+    whole_documents: bool = True,
 ) -> list[tuple[str, str, str]]:
     """Operation, backend and why that one, of every operation; raises as `select_ops` does."""
-    chosen = _choose(torch.device(device), dtype, overrides or {})
+    chosen = _choose(Situation(torch.device(device), dtype, head_dim, whole_documents), overrides or {})
     return [(name, backend.name, reason) for name, (backend, reason) in chosen.items()]
 
 
-def _choose(device: torch.device, dtype: torch.dtype, overrides: Mapping[str, str]) -> dict[str, tuple[Backend, str]]:
+def _choose(situation: Situation, overrides: Mapping[str, str]) -> dict[str, tuple[Backend, str]]:
     for name in overrides:
         if name not in OPERATIONS:
             raise ValueError(f"no operation is called {name!r}; there are {', '.join(OPERATIONS)}")
     return {
-        name: _named(name, overrides[name], device, dtype) if name in overrides else _preferred(backends, device, dtype)
+        name: _named(name, overrides[name], situation) if name in overrides else _preferred(backends, situation)
         for name, backends in OPERATIONS.items()
     }
 
 
-def _named(operation: str, wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+def _named(operation: str, wanted: str, situation: Situation) -> tuple[Backend, str]:
     backends = {backend.name: backend for backend in OPERATIONS[operation]}
     if wanted not in backends:
         raise ValueError(f"{operation} has no backend {wanted!r}; there are {', '.join(backends)}")
-    if missing := backends[wanted].missing(device, dtype):
-        usable = [name for name, backend in backends.items() if backend.missing(device, dtype) is None]
+    if missing := backends[wanted].missing(situation):
+        usable = [name for name, backend in backends.items() if backend.missing(situation) is None]
         raise ValueError(f"{operation} cannot use {wanted!r}: it {missing}; here there are {', '.join(usable)}")
     return backends[wanted], "named in the configuration"
 
 
-def _preferred(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+def _preferred(backends: tuple[Backend, ...], situation: Situation) -> tuple[Backend, str]:
     passed_over: list[str] = []
     for backend in backends:
-        missing = backend.missing(device, dtype)
+        missing = backend.missing(situation)
         if missing is None:
             return backend, "; ".join(passed_over) or ("preferred" if len(backends) > 1 else "the only one")
         passed_over.append(f"{backend.name} {missing}")
-    raise ValueError(f"no backend runs on {device} in {dtype}: {'; '.join(passed_over)}")
+    raise ValueError(f"no backend runs on {situation.device} in {situation.dtype}: {'; '.join(passed_over)}")

@@ -44,7 +44,7 @@ def test_doctor_names_every_op_and_accelerator() -> None:
     done = start("-m", "megaflow.tools.cli", "doctor", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     names = ("Python", "torch", "GPU", "host library", "triton", "flash-attn", "apex")
-    ops = ("op rms_norm", "op rotary", "op swiglu", "op attention", "op cross_entropy")
+    ops = ("op embedding", "op rms_norm", "op rotary", "op swiglu", "op attention", "op linear_cross_entropy")
     assert [
         name for name in (*names, *ops) if not any(line.startswith(name) for line in done.stdout.splitlines())
     ] == []

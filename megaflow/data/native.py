@@ -1,4 +1,4 @@
-"""The host library of `csrc/` and the work it shares with its Python twins.
+"""The host library of `csrc/host/` and the work it shares with its Python twins.
 
 The library is plain `extern "C"`, loaded with ctypes, which releases the interpreter lock while C++ runs. Where it is
 missing every function falls back to a twin with identical results; `use_native=False` selects the twin explicitly.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "_host.so"
-ABI_VERSION = 4  # raised together with `megaflow_abi_version` in csrc/host.cpp whenever a signature changes
+ABI_VERSION = 4  # raised together with `megaflow_abi_version` in csrc/host/host.cpp whenever a signature changes
 
 _I64 = ctypes.c_int64
 _ARRAY = ctypes.c_void_p  # the address of the first element
@@ -25,7 +25,10 @@ _NO_BYTES = ctypes.c_char * 0
 
 
 class Stream(ctypes.Structure):
-    """The mapped files of a corpus, as `csrc/windows.cpp` reads them. `mask` is null where every token carries loss."""
+    """The mapped files of a corpus, as `csrc/host/windows.cpp` reads them.
+
+    `mask` is null where every token carries loss.
+    """
 
     _fields_ = (
         ("tokens", _ARRAY),

@@ -1,21 +1,27 @@
 """LLaMA-2 (Touvron et al., 2023): layers and shapes. What is cut over ranks is the parallel layers' affair.
 
-Activations are `[S, B, H]`; inside attention the tokens lie flat, `T = B * S`, sequence after sequence.
+Activations are `[S, B, H]`. Between layers the residual stream and what is to be added to it travel apart, because the
+next norm adds and normalises in one pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megaflow.config import ModelConfig
+from megaflow.kernels.attention import Segments, unpack
+from megaflow.kernels.cross_entropy import Objective, Vocabulary
 from megaflow.kernels.dispatch import Ops
+from megaflow.kernels.linear_cross_entropy import TotalLoss
 from megaflow.kernels.rotary import rotary_tables
 from megaflow.model.chunks import Chunks, whole_model
-from megaflow.model.recompute import Call, Recompute, plain, recomputed
+from megaflow.model.recompute import Recompute, recomputed, remade
 from megaflow.parallel.context_parallel import gather_keys_values
 from megaflow.parallel.layers import (
     ColumnParallelLinear,
@@ -27,7 +33,7 @@ from megaflow.parallel.layers import (
     vocabulary_rows,
 )
 from megaflow.parallel.mesh import ParallelContext
-from megaflow.parallel.regions import gather_last_dimension
+from megaflow.parallel.regions import enter_tensor_region, gather_last_dimension
 
 if TYPE_CHECKING:
     from megaflow.data.loader import Batch
@@ -38,15 +44,10 @@ class Layout(NamedTuple):
     """What attention needs to know of the tokens of a micro-batch, the same for every layer."""
 
     cos: Tensor
-    """Of the rotary angles, fp32 `[T, head_dim / 2]`."""
+    """Of the rotary angles, fp32 `[S, B, head_dim / 2]`."""
     sin: Tensor
-    cu_seqlens_q: Tensor
-    """Edges of the documents, or of this rank's segments of them, int32 `[N + 1]`."""
-    cu_seqlens_k: Tensor
-    """Edges of what each of those attends to."""
-    max_seqlen_q: int
-    """Length of the longest document or segment."""
-    max_seqlen_k: int
+    segments: Segments
+    """The documents, or this rank's segments of them, and what each attends to."""
     key_index: Tensor | None
     """Under context parallelism, where the keys are among all ranks' tokens, int32 `[K]`."""
 
@@ -55,10 +56,11 @@ class Layout(NamedTuple):
         cls, config: ModelConfig, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, keys: Keys | None = None
     ) -> Layout:
         """The layout of tokens at `positions` `[B, S]` that attend to `keys`, or each document to itself."""
-        cos, sin = rotary_tables(positions.flatten(), config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(positions.T, config.head_dim, config.rope_theta)
         if keys is None:
-            return cls(cos, sin, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None)
-        return cls(cos, sin, cu_seqlens, keys.cu_seqlens, max_seqlen, keys.max_seqlen, keys.index)
+            return cls(cos, sin, Segments.documents(cu_seqlens, max_seqlen, positions.numel()), None)
+        sizes = max_seqlen, keys.max_seqlen, positions.numel(), len(keys.index)
+        return cls(cos, sin, Segments(cu_seqlens, keys.cu_seqlens, *sizes), keys.index)
 
 
 class Cache(Protocol):
@@ -69,7 +71,7 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learned weight `[H]`."""
+    """Adds to the residual stream and normalises it, with a learned weight `[H]`."""
 
     def __init__(self, config: ModelConfig, ctx: ParallelContext, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
@@ -77,8 +79,9 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
         self.rms_norm = ops.rms_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x + delta`, and its normalisation."""
+        return self.rms_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -96,28 +99,29 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(config.hidden_size, width, ctx, dtype, deferred)
         self.out = RowParallelLinear(config.hidden_size, config.hidden_size, ctx, dtype, deferred)
 
-    def forward(self, qkv: Tensor, layout: Layout, cache: Cache | None, call: Call) -> Tensor:
-        """From what `self.qkv` gives, `[S, B, (heads + 2 kv_heads) head_dim / tp]`, to `self.out`'s result."""
-        seq_length, batch, _ = qkv.shape
+    def forward(self, qkv: Tensor, layout: Layout, cache: Cache | None, again: bool) -> Tensor:
+        """From what `self.qkv` gives, `[S, B, (heads + 2 kv_heads) head_dim / tp]`, to `self.out`'s result.
 
-        def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            flat = qkv.transpose(0, 1).reshape(batch * seq_length, -1, self.head_dim)
-            q, k, v = flat.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            return *self.ops.rotary(q, k, layout.cos, layout.sin), v
+        qkv is overwritten by its rotated self. again: compute the attention once more in the backward pass instead of
+        keeping it.
+        """
+        rotated = self.ops.rotary(qkv, self.heads + self.kv_heads, layout.cos, layout.sin)
+        packed = rotated.unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            mixed = cache.attend(self, *(x[:, 0] for x in unpack(self.heads, packed)))
+            return self.out(mixed.flatten(1)[:, None])
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is None:
-                edges = layout.cu_seqlens_q, layout.cu_seqlens_k
-                mixed = self.ops.attention(q, k, v, *edges, layout.max_seqlen_q, layout.max_seqlen_k)
-            else:
-                mixed = cache.attend(self, q, k, v)
-            return mixed.reshape(batch, seq_length, -1).transpose(0, 1)
+        def mix(*tensors: Tensor) -> Tensor:
+            return self.ops.attention(self.heads, layout.segments, *tensors).flatten(2)
 
-        if layout.key_index is None:
-            return call(lambda qkv: mix(*split(qkv)), self.out, qkv)
-        q, k, v = split(qkv)
-        # outside the call: what it makes again is without a collective
-        return call(mix, self.out, q, *gather_keys_values(k, v, layout.key_index, self.ctx))
+        tensors = (packed,) if layout.key_index is None else self._gathered(packed, layout.key_index)
+        return recomputed(mix, self.out, *tensors) if again else self.out(mix(*tensors))
+
+    def _gathered(self, packed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's queries, and the keys and values that they see, as one sequence."""
+        q, kv = packed.split((self.heads, 2 * self.kv_heads), dim=2)
+        whole = gather_keys_values(kv.transpose(0, 1).flatten(0, 1), index, self.ctx)[:, None]
+        return q.contiguous(), whole  # a view would keep the rank's own keys and values too
 
 
 class MLP(nn.Module):
@@ -146,22 +150,37 @@ class Layer(nn.Module):
         self.recompute: Recompute = "none"
         """What the backward pass computes again; see `recompute_layers`."""
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        attention, mlp = self.attention, self.mlp
-        call = recomputed if self.recompute == "selective" else plain
-
-        def up(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = x + attention(call(self.attention_norm, attention.qkv, x), layout, cache, call)
-            return x, call(self.mlp_norm, mlp.gate_up, x)
-
-        def hidden(x: Tensor) -> tuple[Tensor, Tensor]:
-            x, gate_up = up(x)
-            return x, mlp.swiglu(gate_up)
-
+    def forward(
+        self, x: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream without the last block's result, and that: the next norm adds them. x and delta too."""
+        x, normed = self.attention_norm(x, delta)
+        before = x.detach()
         if self.recompute == "full":  # the last product's result is nobody's input here: it is not computed again
-            return recomputed(hidden, lambda x, activated: x + mlp.down(activated), x)
-        x, gate_up = up(x)
-        return x + call(mlp.swiglu, mlp.down, gate_up)
+            return recomputed(
+                lambda x, normed: self._activated(x, normed, layout, cache)[:2],
+                lambda x, activated: (x, self.mlp.down(activated)),
+                x,
+                normed,
+                make=lambda: self.attention_norm(before),
+            )
+        x, activated, kept = self._activated(x, normed, layout, cache)
+        return x, self._then(self.mlp.down, activated, lambda: self.mlp.swiglu(kept))
+
+    def _activated(
+        self, x: Tensor, normed: Tensor, layout: Layout, cache: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after attention, what the last product takes, and what SwiGLU took."""
+        attention, mlp, before = self.attention, self.mlp, x.detach()
+        qkv = self._then(attention.qkv, normed, lambda: self.attention_norm(before)[1])
+        x, normed = self.mlp_norm(x, attention(qkv, layout, cache, again=self.recompute == "selective"))
+        after = x.detach()
+        gate_up = self._then(mlp.gate_up, normed, lambda: self.mlp_norm(after)[1])
+        return x, mlp.swiglu(gate_up), gate_up.detach()
+
+    def _then(self, linear: Callable[[Tensor], Tensor], result: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """`linear(result)`, whose input is kept or made again."""
+        return remade(make, result, linear) if self.recompute == "selective" else linear(result)
 
 
 class Head(nn.Module):
@@ -178,20 +197,27 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.ctx, self.deferred = ctx, deferred
+        self.linear_cross_entropy = ops.linear_cross_entropy
         self.norm = RMSNorm(config, ctx, ops, dtype)
         rows = vocabulary_rows(config.vocab_size, ctx.tp)
-        self.vocab_start = rows * ctx.tp_rank
+        self.vocab_start, self.vocab_size = rows * ctx.tp_rank, config.vocab_size
         self.weight = empty_weight(rows, config.hidden_size, ctx, dtype) if tied is None else tied
 
-    def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(self.norm(x), self.weight, self.ctx, self.deferred)
+    def forward(self, x: Tensor, labels: Tensor | None = None, objective: Objective = Objective()) -> Any:
+        """Logits `[S, B, V_local]` of the normalised `[S, B, H]` or, for labels `[S, B]`, a `TotalLoss`."""
+        if labels is None:
+            return column_parallel_linear(x, self.weight, self.ctx, self.deferred)
+        whole = enter_tensor_region(x, self.ctx).flatten(0, 1)
+        vocabulary = Vocabulary(self.vocab_start, self.vocab_size, self.ctx.tp_group if self.ctx.tp > 1 else None)
+        take = partial(self.deferred.computed_gradient, self.weight)
+        return self.linear_cross_entropy(whole, self.weight, labels.flatten(), vocabulary, objective, take)
 
 
 class Llama(nn.Module):
     """A LLaMA-2 model, or this rank's part of one. Weights are zero until `init.initialise` or a checkpoint.
 
     `chunks`: the parts of the model's depth that it has, all of it by default. Where embeddings are tied and only the
-    head is here, it has a copy of the embedding.
+    head is here, it has a copy of the embedding. `objective`: what training minimises.
     """
 
     def __init__(
@@ -201,9 +227,11 @@ class Llama(nn.Module):
         ops: Ops,
         dtype: torch.dtype = torch.float32,
         chunks: Chunks | None = None,
+        objective: Objective = Objective(),
     ) -> None:
         super().__init__()
         self.config = config
+        self.objective = objective
         self.ctx = ctx
         self.ops = ops
         self.dtype = dtype
@@ -212,7 +240,7 @@ class Llama(nn.Module):
         """Lets a backward pass leave weight gradients for later."""
         tied = None
         if any(chunk.embed for chunk in self.chunks.values()):
-            self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype)
+            self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, ctx, dtype, ops.embedding)
             tied = self.embed.weight if config.tie_embeddings else None
         # By global layer number, so that a part of the model keeps the names of the whole.
         numbers = [number for chunk in self.chunks.values() for number in chunk.layers]
@@ -225,42 +253,41 @@ class Llama(nn.Module):
         x = tokens.T
         for number in self.chunks:
             x = self.run_chunk(number, x, layout, cache)
-        return x
+        return self.head(x)
 
     def run_chunk(self, number: int, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """A chunk's output `[S, B, H]` (this rank's part of S under sequence parallelism), or the last one's logits.
+        """A chunk's output `[S, B, H]` (this rank's part of S under sequence parallelism); of the last one normalised.
 
         x: the output of the chunk before; for the first one, tokens `[S, B]`.
         """
         chunk = self.chunks[number]
         if chunk.embed:
             x = self.embed(x)
+        delta = None
         for i in chunk.layers:
-            x = self.layers[str(i)](x, layout, cache)
-        return self.head(x) if chunk.head else x
+            x, delta = self.layers[str(i)](x, delta, layout, cache)
+        if chunk.head:
+            return self.head.norm(x, delta)[1]
+        return x if delta is None else x + delta
 
     def layout(self, batch: Batch) -> Layout:
         """What the layers need to know of a micro-batch."""
         return Layout.of(self.config, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.keys)
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of every token, fp32 `[B, S]`, 0 where the label `[B, S]` is -100.
+    def losses(self, x: Tensor, labels: Tensor) -> TotalLoss:
+        """What is minimised, and the cross-entropy of every token, fp32 `[B, S]`, 0 where the label `[B, S]` is -100.
 
-        The backward pass overwrites the logits `[S, B, V_local]`.
+        x: the last chunk's output.
         """
-        seq_length, sequences, width = logits.shape
-        losses = self.ops.cross_entropy(
-            logits.view(-1, width),
-            labels.T.flatten(),
-            self.head.vocab_start,
-            self.config.vocab_size,
-            self.ctx.tp_group if self.ctx.tp > 1 else None,
-        )
-        return losses.view(seq_length, sequences).T
+        total = self.head(x, labels.T, self.objective)
+        return TotalLoss(total.objective, total.losses.view(labels.T.shape).T)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The losses `[B, S]` of a micro-batch; for whole models."""
-        return self.losses(self(batch.tokens, self.layout(batch)), batch.labels)
+    def loss(self, batch: Batch) -> TotalLoss:
+        """Those of a micro-batch; for whole models."""
+        x, layout = batch.tokens.T, self.layout(batch)
+        for number in self.chunks:
+            x = self.run_chunk(number, x, layout)
+        return self.losses(x, batch.labels)
 
     def logits(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None

@@ -1,7 +1,7 @@
 """What one layer holds between its forward and its backward pass, exactly, from its shape.
 
-Counted is what the operations of `megaflow.kernels` keep: the fp32 copies of a norm and the pieces of SwiGLU are
-theirs. After Korthikanti et al. (arXiv 2205.05198, section 4), whose layer has other parts.
+Counted is what the operations of `megaflow.kernels` keep. After Korthikanti et al. (arXiv 2205.05198, section 4), whose
+layer has other parts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def activation_bytes(
     cp: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
     precision: Literal["fp32", "bf16"] = "bf16",
-    attention: Literal["varlen", "sdpa"] = "varlen",
+    attention: Literal["triton", "sdpa"] = "triton",
 ) -> ActivationBytes:
     """The activations of one layer for `tokens = B * S / cp`, the tokens of a micro-batch on one rank.
 
@@ -41,47 +41,37 @@ def activation_bytes(
     them in norms and residuals under sequence parallelism (else R = T), e bytes a number, h heads and g key-value
     heads of d channels, F the width of SwiGLU:
 
-        norm       R (4 H + 2 e H + 4)                   fp32 input, normalised, result, scale; twice a layer
-        qkv        T e (h + 2 g) d / tp
-        attention  T (e (2 h + g) d + 4 h) / tp + qkv    rotated q and k, result, log-sum-exp; v is a part of qkv
+        norm       R (2 e H + 4)                         sum and normalised sum, scale; twice a layer
+        qkv        T e (h + 2 g) d / tp                  rotated in place
+        attention  T (e h d + 4 h) / tp                  result, log-sum-exp
         gate_up    T e 2 F / tp
-        SwiGLU     T e 2 F / tp                          silu(gate) and the result
+        SwiGLU     T e F / tp
 
-    Nothing computed again, all of these are kept; selective, 2 e R H + qkv + gate_up; full, e R H. Attention by sdpa
-    keeps its result twice; varlen repeats grouped keys and values for every head, and keeps no qkv then. With cp > 1 q
-    and the keys and values of up to `T (2 cp + 1) / 2` tokens, gathered from the other ranks, stand for qkv.
+    Nothing computed again, all of these are kept; selective, R (2 e H + 8) + qkv + gate_up; full, R (e H + 4). With
+    cp > 1 q and the keys and values of up to `T (2 cp + 1) / 2` tokens, gathered from the other ranks, stand for qkv,
+    and attention by sdpa keeps its result twice.
 
-    The backward pass is widest at one of three places: SwiGLU; the product gate_up, whose input under sequence
-    parallelism is there whole, and its gradient too; the second norm, with what it has in fp32.
+    The backward pass is widest in SwiGLU or in the product gate_up, whose input under sequence parallelism is there
+    whole, and its gradient too.
     """
     element = 4 if precision == "fp32" else 2
     rows = tokens // tp if sequence_parallel else tokens
     residual = rows * config.hidden_size * element
-    norm = rows * (4 * config.hidden_size + 2 * element * config.hidden_size + STATISTIC)
-    shared = residual if precision == "fp32" else 0  # a norm keeps its input, or an fp32 copy
+    scales = 2 * rows * STATISTIC
     feed_forward = tokens * config.intermediate_size * element // tp
     head = tokens * config.head_dim * element // tp
-    heads, inputs = _attention_heads(config, cp, attention)
-    everything = 2 * norm + heads * head + STATISTIC * tokens * config.num_heads // tp + 4 * feed_forward
+    groups = config.num_kv_heads * (2 if cp == 1 else 2 * cp + 1)  # of keys and values together
+    inputs = (config.num_heads + groups) * head
+    results = config.num_heads * (2 if attention == "sdpa" and cp > 1 else 1) * head
+    results += STATISTIC * tokens * config.num_heads // tp
+    everything = 4 * residual + scales + inputs + results + 3 * feed_forward
 
     # at gate_up's product: its input, gathered, and the whole gradient of that; then this rank's part of the gradient
     product = 2 * tokens * config.hidden_size * element + residual if sequence_parallel else residual
-    in_norm = rows * config.hidden_size * (12 if precision == "fp32" else 16) - 2 * feed_forward  # gate_up is gone
     if recompute == "selective":
-        again = max(4 * feed_forward, norm - shared + max(product, in_norm))
-        return ActivationBytes(2 * residual + inputs * head + 2 * feed_forward, residual + again)
-    gradients = residual + max(2 * feed_forward, max(product, in_norm) - 2 * feed_forward)  # silu and result are gone
+        again = max(3 * feed_forward, residual + product)
+        return ActivationBytes(2 * residual + scales + inputs + 2 * feed_forward, residual + again)
+    gradients = residual + max(2 * feed_forward, product - feed_forward)
     if recompute == "none":
         return ActivationBytes(everything, gradients)
-    return ActivationBytes(residual, everything - shared + gradients)
-
-
-def _attention_heads(config: ModelConfig, cp: int, attention: str) -> tuple[int, int]:
-    """Heads' widths per token that attention keeps, and those of its inputs alone."""
-    heads, groups = config.num_heads, config.num_kv_heads
-    keys = 2 if cp == 1 else 2 * cp + 1  # of keys and values together, for every token of the rank
-    inputs = heads + keys * groups
-    if attention == "varlen" and groups < heads:
-        return (2 + keys) * heads, inputs
-    rotated = heads + groups if cp == 1 else 0
-    return inputs + rotated + (2 if attention == "sdpa" else 1) * heads, inputs
+    return ActivationBytes(residual + scales // 2, everything - residual - scales // 2 + gradients)

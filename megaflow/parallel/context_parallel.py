@@ -16,33 +16,31 @@ from megaflow.parallel.mesh import ParallelContext
 
 
 class _GatherKeysValues(torch.autograd.Function):
-    """One all-gather forward, one reduce-scatter backward, of keys and values side by side."""
+    """One all-gather forward, one reduce-scatter backward."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, index: Tensor, parallel: ParallelContext) -> Any:
-        ctx.parallel, ctx.tokens = parallel, parallel.cp * len(k)
+    def forward(ctx: Any, own: Tensor, index: Tensor, parallel: ParallelContext) -> Any:
+        ctx.parallel, ctx.tokens = parallel, parallel.cp * len(own)
         ctx.save_for_backward(index)
-        own = torch.cat((k, v), dim=1)
         whole = own.new_empty(ctx.tokens, *own.shape[1:])
-        collectives.all_gather(whole, own, group=parallel.group("cp"))
-        return whole.index_select(0, index).chunk(2, dim=1)
+        collectives.all_gather(whole, own.contiguous(), group=parallel.group("cp"))
+        return whole.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (index,), parallel = ctx.saved_tensors, ctx.parallel
-        packed = torch.cat(grads, dim=1)
+        (index,), parallel, grad = ctx.saved_tensors, ctx.parallel, grads[0]
         # a key is packed at most twice, so that on a GPU too the sum does not depend on the order of additions
-        whole = packed.new_zeros(ctx.tokens, *packed.shape[1:]).index_add_(0, index, packed)
+        whole = grad.new_zeros(ctx.tokens, *grad.shape[1:]).index_add_(0, index, grad)
         own = whole.new_empty(ctx.tokens // parallel.cp, *whole.shape[1:])
         collectives.reduce_scatter(own, whole, group=parallel.group("cp"))
-        grad_k, grad_v = own.chunk(2, dim=1)
-        return grad_k, grad_v, None, None
+        return own, None, None
 
 
-def gather_keys_values(k: Tensor, v: Tensor, index: Tensor, parallel: ParallelContext) -> tuple[Tensor, Tensor]:
-    """The keys and values that this rank's queries attend to, `[K, kv_heads, head_dim]`, out of all ranks' tokens.
+def gather_keys_values(own: Tensor, index: Tensor, parallel: ParallelContext) -> Tensor:
+    """The keys and values that this rank's queries attend to, `[K, 2 kv_heads, head_dim]`, out of all ranks' tokens.
 
-    k, v: this rank's own, `[T, kv_heads, head_dim]`. index: `[K]` places among the `[cp * T]` tokens, rank after rank.
-    Gradients are summed over the ranks in the dtype of k and v, as those of other activations are.
+    own: this rank's keys and values side by side, `[T, 2 kv_heads, head_dim]`. index: `[K]` places among the
+    `[cp * T]` tokens, rank after rank. Gradients are summed over the ranks in the dtype of `own`, as those of other
+    activations are.
     """
-    return _GatherKeysValues.apply(k, v, index, parallel)
+    return _GatherKeysValues.apply(own, index, parallel)

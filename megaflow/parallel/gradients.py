@@ -58,6 +58,7 @@ class GradientBuffer:
                 parameter.grad = self.sums[name]
             parameter.register_post_accumulate_grad_hook(self._hook(name))
         parameters.model.deferred.add = self.add
+        parameters.model.deferred.accumulate = self.accumulate
         self.zero()
 
     def zero(self) -> None:
@@ -79,6 +80,10 @@ class GradientBuffer:
         name = self.names[parameter]
         self.sums[name].add_(grad)
         self._accumulated(name)
+
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Add a gradient inside a backward pass that has none for autograd, which counts it all the same."""
+        self.sums[self.names[parameter]].add_(grad)
 
     def finish(self) -> None:
         """End the step: reduce what is left and wait for all of it.

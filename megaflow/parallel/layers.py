@@ -46,6 +46,8 @@ class DeferredGradients:
     def __init__(self) -> None:
         self.add: Callable[[nn.Parameter, Tensor], None] = _add_to_grad
         """What takes a weight gradient that a job has computed; at first it is added to `weight.grad`."""
+        self.accumulate: Callable[[nn.Parameter, Tensor], None] | None = None
+        """What takes a weight gradient in fp32 for which autograd then has none; without it autograd gets it."""
         self._jobs: list[Job] | None = None
 
     @contextmanager
@@ -67,6 +69,13 @@ class DeferredGradients:
         if self._jobs is None:
             return compute()
         self._jobs.append(Job(weight, lambda: self.add(weight, compute())))
+        return None
+
+    def computed_gradient(self, weight: nn.Parameter, grad: Tensor) -> Tensor | None:
+        """The same for a gradient in fp32 that is there already: putting it off would hold its memory for nothing."""
+        if self.accumulate is None:
+            return grad
+        self.accumulate(weight, grad)
         return None
 
 
@@ -202,18 +211,20 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """An embedding whose rows are cut over tp: ranks give zeros for others' ids, and their results are summed."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        embedding: Callable[[Tensor, Tensor, int | None], Tensor],
+    ) -> None:
         super().__init__()
-        self.parallel = parallel
+        self.parallel, self.embedding = parallel, embedding
         rows = vocabulary_rows(vocab_size, parallel.tp)
-        self.vocab_start = rows * parallel.tp_rank
+        self.vocab_start = rows * parallel.tp_rank if parallel.tp > 1 else None
         self.weight = empty_weight(rows, hidden_size, parallel, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Vectors `[S, B, H]` (this rank's part of S under sequence parallelism) of the ids `[S, B]`."""
-        if self.parallel.tp == 1:
-            return F.embedding(tokens, self.weight)
-        row = tokens - self.vocab_start
-        here = (row >= 0) & (row < self.weight.shape[0])
-        vectors = F.embedding(torch.where(here, row, 0), self.weight) * here[..., None]
-        return leave_tensor_region(vectors, self.parallel)
+        return leave_tensor_region(self.embedding(tokens, self.weight, self.vocab_start), self.parallel)

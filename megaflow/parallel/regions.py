@@ -94,6 +94,26 @@ def leave_tensor_region(x: Tensor, parallel: ParallelContext) -> Tensor:
     return region.apply(x, parallel)
 
 
+class _EnterTensorRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: ParallelContext) -> Tensor:
+        ctx.parallel = parallel
+        return all_gather_sequence(x, parallel).wait() if parallel.sequence_parallel else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        reduce = reduce_scatter_sequence if ctx.parallel.sequence_parallel else all_reduce
+        return reduce(grads[0].contiguous(), ctx.parallel).wait(), None
+
+
+def enter_tensor_region(x: Tensor, parallel: ParallelContext) -> Tensor:
+    """What cut computations take, `[S, B, H]`: x itself or, under sequence parallelism, the ranks' parts put together.
+
+    Backward, the ranks' gradients are summed, without sequence parallelism in place; each rank keeps its part of S.
+    """
+    return x if parallel.tp == 1 else _EnterTensorRegion.apply(x, parallel)
+
+
 def gather_last_dimension(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Put the ranks' parts `[..., V / tp]` together to `[..., V]`; for results that are read, without gradient."""
     if parallel.tp == 1:

@@ -55,7 +55,7 @@ class Pipeline:
             connect(model.ctx, parallel)
 
     def train(self, batches: Sequence[Batch], gradients: GradientBuffer) -> dict[int, Tensor]:
-        """Forward and backward passes of a step's micro-batches; gradients of the losses' sum go to the buffer.
+        """Forward and backward passes of a step's micro-batches; gradients of the objective's sum go to the buffer.
 
         Returns the losses `[B, S]` by micro-batch on ranks that have the output head, nothing on others.
         """
@@ -134,8 +134,7 @@ def last_gradients(model: Llama, actions: Sequence[Action]) -> dict[Action, list
         layers = {f"layers.{i}" for i in chunk.layers}
         final[weights] += [name for name in matrices if ".".join(name.split(".")[:2]) in layers]
         if not model.config.tie_embeddings:
-            final[inputs] += ["embed.weight"] * chunk.embed
-            final[weights] += ["head.weight"] * chunk.head
+            final[inputs] += ["embed.weight"] * chunk.embed + ["head.weight"] * chunk.head
     return final
 
 
@@ -191,8 +190,7 @@ class _Step:
             x.requires_grad_()
         output = self.model.run_chunk(number, x, self.layouts[index])
         if chunk.head:
-            output = self.model.losses(output, batch.labels)
-            self.losses[index] = output.detach()
+            output, self.losses[index] = self.model.losses(output, batch.labels)
         else:
             self.messages["forward", index, number] = output.detach()
         if self.gradients is not None:
@@ -203,7 +201,7 @@ class _Step:
     def _backward(self, index: int, number: int, split: bool) -> None:
         passed = self.passed.pop((index, number))
         if self.model.chunks[number].head:
-            grad = torch.ones_like(self.losses[index])
+            grad = torch.ones((), dtype=torch.float32, device=self.ctx.device)
         else:
             grad = self._take(("backward", index, number + 1))
         if split:

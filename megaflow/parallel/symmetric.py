@@ -41,7 +41,8 @@ def enable(group: dist.ProcessGroup) -> None:
 def gathered_product(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts x `[S / tp, B, H]` put together, times weight `[rows, H]`: `[S, B, rows]`."""
     _, (product,) = _ops().fused_all_gather_matmul(x.contiguous(), [weight.T], 0, group.group_name, return_A=False)
-    return product
+    # the op gives a view, and autograd lets nobody write over a view that a custom function returns: rotary does
+    return product.new_empty(0).set_(product)
 
 
 def scattered_product(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -28,7 +28,7 @@ class Job:
     precision: Literal["fp32", "bf16"] = "bf16"
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     bucket_mib: int = 64
-    attention: Literal["varlen", "sdpa"] = "varlen"
+    attention: Literal["triton", "sdpa"] = "triton"
 
     @classmethod
     def of(cls, config: Config) -> Job:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megaflow.config import ModelConfig
+from megaflow.kernels.blocks import block_size
 from megaflow.model.memory import activation_bytes
 from megaflow.parallel.vocabulary import vocabulary_rows
 from megaflow.planning.layout import Held, Job, Layout, Recompute
@@ -33,13 +34,13 @@ class RankMemory:
     """Both of AdamW, fp32."""
     activations: int
     """Kept between the passes of the micro-batches under way."""
-    logits: int
-    """Kept too, on the rank with the output head."""
+    loss: int
+    """Kept too, on the rank with the output head: gradients of its input and weight, computed in the forward pass."""
     messages: int
     """To and from other pipeline ranks, under way or waiting."""
     working: int
-    """Beside all these at the widest moment: in the loss, in the head's backward pass or in a layer's, with what is
-    computed again, gradients of activations and the gradient of a weight."""
+    """Beside all these at the widest moment: in the loss or in a layer's backward pass, with what is computed again,
+    gradients of activations and the gradient of a weight."""
     buckets: int
     """bf16 copies of gradients on their way."""
 
@@ -50,7 +51,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.state + self.activations + self.logits + self.messages + self.working + self.buckets
+        return self.state + self.activations + self.loss + self.messages + self.working + self.buckets
 
 
 def parameters(model: ModelConfig, held: Held, tp: int) -> int:
@@ -80,10 +81,10 @@ class _Activations:
     inputs: int
     """Of every chunk: the rotary tables."""
     head: int
-    logits: int
+    loss: int
     message: int
     layer_working: int
-    head_working: int
+    loss_working: int
 
     def of(self, held: Held) -> int:
         """Kept for a part of the model."""
@@ -91,10 +92,10 @@ class _Activations:
         return kept + self.head if held.head else kept
 
     def working(self, head: bool) -> int:
-        """Of the widest moment; with the head's chunk under way, whose logits and norm are gone when layers follow."""
+        """Of the widest moment; with the head's chunk under way, whose norm and loss are gone when layers follow."""
         if not head:
             return self.layer_working
-        return max(self.head_working, self.layer_working - self.head - self.logits)
+        return max(self.loss_working, self.layer_working - self.head - self.loss)
 
 
 @lru_cache(maxsize=4096)
@@ -124,17 +125,16 @@ def _activations(
     gathered = whole if sequence_parallel else 0
     weight = 2 * model.hidden_size * model.intermediate_size // tp * element
     working = max(again.working, plain.working)
-    losing = tokens * head_rows * (8 if job.precision == "bf16" else 4)  # fp32 copies
-    weighing = head_rows * model.hidden_size * element + whole + (gathered + residual if sequence_parallel else 0)
+    block = min(block_size(head_rows, element, "cuda" if job.attention == "triton" else "cpu"), tokens)
     return _Activations(
         layer=plain.kept,
         recomputed=again.kept,
         inputs=tokens * (4 * model.head_dim + 8),
-        head=rows * (4 * model.hidden_size + 2 * element * model.hidden_size + 4),
-        logits=tokens * head_rows * element,
+        head=residual + 4 * rows,
+        loss=whole + 4 * head_rows * model.hidden_size,
         message=residual,
-        layer_working=max(working, working - 4 * wide + whole + gathered + weight),
-        head_working=max(losing, weighing),
+        layer_working=max(working, working - 2 * wide + whole + gathered + weight),
+        loss_working=residual + gathered + block * head_rows * element,
     )
 
 
@@ -153,7 +153,7 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
     for rank, held in enumerate(rank_parameters(job, layout)):
         bucket = min(job.bucket_mib * 2**20 // 4, held)
         neighbours = 0 if layout.pp == 1 else 1 if layout.chunks == 1 and rank in (0, layout.pp - 1) else 2
-        activations, logits, working = widest[rank]
+        activations, loss, working = widest[rank]
         ranks.append(
             RankMemory(
                 weights=job.element * held,
@@ -161,7 +161,7 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
                 gradients=4 * held,
                 moments=8 * held // shards,
                 activations=activations,
-                logits=logits,
+                loss=loss,
                 messages=MESSAGES * neighbours * one.message,
                 working=working,
                 buckets=CASTS * 2 * bucket if job.grad_reduce == "bf16" and layout.data > 1 else 0,
@@ -171,21 +171,21 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
 
 
 def _widest(job: Job, layout: Layout, kept: list[int], one: _Activations) -> list[tuple[int, int, int]]:
-    """Activations, logits and working memory of each rank at its fullest moment, along its actions."""
+    """Activations, loss and working memory of each rank at its fullest moment, along its actions."""
     micro_batches, last = layout.micro_batches(job), len(layout.owners) - 1
     few = min(micro_batches, 4 * layout.pp + micro_batches % layout.pp)
     found = []
     for actions in layout.made(micro_batches if layout.schedule == "gpipe" else few).ranks:
-        now = logits = 0
+        now = loss = 0
         most = (0, 0, 0)
         for action in actions:
             done = -(action.kind in ("backward", "backward_weight"))
             change = 1 if action.kind == "forward" else done
             now += change * kept[action.chunk]
-            if action.chunk == last:  # an unsplit backward's logits go with it, a split one's before its weights
-                logits += (change if action.kind != "backward_weight" else 0) * one.logits
-                logits -= one.logits if action.kind == "backward_input" else 0
-            most = max(most, (now, logits, one.working(logits > 0)), key=sum)
+            if action.chunk == last:  # a split backward's goes before its weights
+                loss += (change if action.kind != "backward_weight" else 0) * one.loss
+                loss -= one.loss if action.kind == "backward_input" else 0
+            most = max(most, (now, loss, one.working(loss > 0)), key=sum)
         found.append(most)
     return found
 
@@ -198,6 +198,6 @@ def _bounds(job: Job, layout: Layout, kept: list[int], one: _Activations) -> lis
     counts = live_activations(layout, layout.micro_batches(job))
     found = [(count * size, 0, one.working(False)) for count, size in zip(counts, largest, strict=True)]
     last = layout.owners[-1]
-    logits = one.logits * (layout.micro_batches(job) if layout.schedule == "gpipe" else 1)
-    found[last] = (found[last][0], logits, one.working(True))
+    loss = one.loss * (layout.micro_batches(job) if layout.schedule == "gpipe" else 1)
+    found[last] = (found[last][0], loss, one.working(True))
     return found

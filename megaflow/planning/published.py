@@ -28,13 +28,13 @@ SOURCES = {
     "qi": "Qi et al., arXiv 2401.10241, tables 3 and 4; the vocabulary is not given: 50304 is taken",
 }
 
-NEMO = Practice(overlaps_tensor=True, overlaps_context=True, fuses_gradients=True, traffic=1)
+NEMO = Practice(overlaps_tensor=True, overlaps_context=True, fuses_gradients=True, flash_backward=2.5, fused_loss=False)
 """NeMo of 2024: Transformer Engine's kernels and its overlapped collectives."""
 FP8 = replace(NEMO, linear_speed=1.7)
 """The same with fp8 in the layers' matrix products; the speed is fitted."""
-MEGATRON = Practice(fuses_gradients=True)
-"""Megatron-LM of the time before: flash attention, unfused norms; the traffic of ours is fitted to it."""
-MEGATRON_2022 = Practice(fuses_gradients=True, flash=False, traffic=1)
+MEGATRON = Practice(fuses_gradients=True, flash_backward=2.5, fused_loss=False, traffic=3.4)
+"""Megatron-LM of the time before: flash attention, unfused norms; the traffic is fitted."""
+MEGATRON_2022 = Practice(fuses_gradients=True, flash=False, fused_loss=False)
 """Fused softmax and bias kernels, no flash attention."""
 
 

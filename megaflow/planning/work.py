@@ -9,19 +9,19 @@ from megaflow.parallel.vocabulary import vocabulary_rows
 from megaflow.planning.cluster import Cluster
 from megaflow.planning.layout import Held, Job, Layout
 
-FLASH_BACKWARD = 2.5
-"""Matrix products of flash attention backward for each of forward: five against two (arXiv 2205.14135)."""
 SCORE_BYTES = (13, 19)
 """Bytes moved for every attention score in bf16 where attention is not flash, forward and backward."""
 LOSS_BYTES = (34, 14)
-"""Bytes moved for every logit by the cross-entropy in fp32, forward and backward."""
+"""Bytes moved for every logit by a cross-entropy in fp32, forward and backward."""
+FUSED_LOSS_BYTES = 4
+"""By one that reads the logits in bf16 and overwrites them with their gradient."""
 
 
 @dataclass(frozen=True)
 class Practice:
     """How a program runs a layer; the defaults are ours.
 
-    Ours: flash attention; in a backward pass that is not split the collectives of column-parallel layers run under the
+    Ours: fused kernels; in a backward pass that is not split the collectives of column-parallel layers run under the
     products of the other gradient, every other collective is waited for.
     """
 
@@ -33,9 +33,14 @@ class Practice:
     """The matrix product adds to the fp32 sum of a weight's gradient itself."""
     flash: bool = True
     """Attention keeps its scores in the cores; without, they go through memory."""
-    traffic: float = 3.4
-    """Bytes that norms, residuals, rotary embedding and SwiGLU move, over those of kernels fused as far as can be; ours
-    are composed of torch's operations."""
+    flash_backward: float = 3.5
+    """Matrix products of flash attention backward for each of forward: seven against two; five against two where one
+    kernel makes all gradients, in any order (arXiv 2205.14135)."""
+    fused_loss: bool = True
+    """Gradients of the head are computed in its forward pass, block by block of tokens; else the cross-entropy is a
+    function of its own, in fp32."""
+    traffic: float = 1.0
+    """Bytes that norms, residuals, rotary embedding and SwiGLU move, over those of kernels fused as far as can be."""
     linear_speed: float = 1.0
     """Of the layers' matrix products against bf16, for fp8."""
 
@@ -188,6 +193,11 @@ class Workload:
         )
         logits = self.tokens * rows
         norm = self.cluster.touch(self.job.element * 2 * self.residual)
+        if self.practice.fused_loss:
+            loss = Work(memory=self.cluster.touch(FUSED_LOSS_BYTES * logits) + norm)
+            reduced = Work(memory=2 * norm, tensor=self._collective() * (1 if self.layout.sequence_parallel else 2))
+            products = forward + Work(2 * forward.matmul, memory=backward_weight.memory) + loss
+            return Passes(products, reduced, NOTHING)
         return Passes(
             forward + Work(memory=self.cluster.touch(LOSS_BYTES[0] * logits) + norm),
             backward_input + Work(memory=self.cluster.touch(LOSS_BYTES[1] * logits) + 2 * norm),
@@ -240,7 +250,7 @@ class Workload:
         gathered = self.cluster.gather(size / layout.tp, layout.cp, stride=layout.tp)
         if self.practice.flash:
             forward = Work(attention=self.cluster.attend(flops))
-            backward = forward * FLASH_BACKWARD
+            backward = forward * self.practice.flash_backward
         else:
             scores = self.tokens * self.job.seq_length * model.num_heads / layout.tp
             products = self.cluster.compute(flops)  # two of half of this, over scores that the mask wastes half of

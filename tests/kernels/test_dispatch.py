@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megaflow.kernels import attention
+from megaflow.kernels import attention, jit
+from megaflow.kernels.backend import Situation
 from megaflow.kernels.dispatch import OPERATIONS, describe, select_ops
 
 
@@ -20,16 +21,20 @@ def test_a_named_backend_wins() -> None:
 def test_every_operation_is_described_with_its_reason() -> None:
     rows = {op: (backend, reason) for op, backend, reason in describe("cpu", torch.float32, {"rotary": "reference"})}
     assert set(rows) == set(OPERATIONS)
-    assert rows["attention"] == ("sdpa", "varlen needs CUDA")
+    backend, reason = rows["attention"]
+    assert backend == "sdpa"
+    assert reason.startswith("triton needs CUDA; varlen needs CUDA; flash2 needs CUDA")
     assert rows["rotary"] == ("reference", "named in the configuration")
+    assert rows["swiglu"] == ("reference", "triton needs CUDA")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"atention": "sdpa"}, "no operation is called 'atention'; there are rms_norm, rotary, swiglu, attention"),
-        ({"attention": "flash"}, "attention has no backend 'flash'; there are varlen, sdpa, reference"),
+        ({"atention": "sdpa"}, "no operation is called 'atention'; there are embedding, rms_norm, rotary, attention, "),
+        ({"attention": "flash"}, "attention has no backend 'flash'; there are triton, varlen, flash2, "),
         ({"attention": "varlen"}, "attention cannot use 'varlen': it needs CUDA; here there are sdpa, reference"),
+        ({"rms_norm": "triton"}, "rms_norm cannot use 'triton': it needs CUDA; here there are reference"),
     ],
 )
 def test_wrong_wishes_name_the_choices(overrides: dict[str, str], message: str) -> None:
@@ -40,4 +45,44 @@ def test_wrong_wishes_name_the_choices(overrides: dict[str, str], message: str) 
 def test_every_operation_has_a_reference_that_runs_anywhere() -> None:
     for backends in OPERATIONS.values():
         reference = {backend.name: backend for backend in backends}["reference"]
-        assert reference.missing(torch.device("cpu"), torch.float64) is None
+        assert reference.missing(Situation(torch.device("cpu"), torch.float64)) is None
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Asked about a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda")
+
+
+def test_on_a_gpu_the_project_s_own_kernels_are_preferred(hopper: torch.device) -> None:
+    rows = {op: backend for op, backend, _ in describe(hopper, torch.bfloat16, head_dim=128)}
+    assert rows == dict.fromkeys(OPERATIONS, "triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "expected"),
+    [(torch.bfloat16, 512, "sdpa"), (torch.float32, 128, "triton"), (torch.bfloat16, 100, "triton")],
+)
+def test_the_shape_of_heads_counts(hopper: torch.device, dtype: torch.dtype, head_dim: int, expected: str) -> None:
+    rows = {op: backend for op, backend, _ in describe(hopper, dtype, head_dim=head_dim)}
+    assert rows["attention"] == expected
+
+
+def test_cut_documents_are_not_for_every_kernel(hopper: torch.device) -> None:
+    with pytest.raises(ValueError, match="attention cannot use 'sdpa_cudnn': it needs whole documents on a rank"):
+        select_ops(hopper, torch.bfloat16, {"attention": "sdpa_cudnn"}, head_dim=128, whole_documents=False)
+
+
+def test_without_triton_there_are_torch_s_kernels(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "triton", None)
+    rows = {op: (backend, reason) for op, backend, reason in describe(hopper, torch.bfloat16, head_dim=128)}
+    assert rows["rms_norm"] == ("reference", "triton needs Triton")
+    assert rows["attention"][0] == "varlen"
+
+
+def test_an_old_gpu_has_no_backend_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    rows = {op: (backend, reason) for op, backend, reason in describe("cuda", torch.float16, head_dim=128)}
+    assert rows["attention"][0] == "sdpa"
+    assert rows["rms_norm"] == ("reference", "triton needs compute capability 8.0")

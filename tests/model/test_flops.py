@@ -40,6 +40,6 @@ def test_operations_of_a_model() -> None:
     config = tiny_config(vocab_size=192)
     model = Llama(config, ParallelContext.single(), select_ops("cpu", torch.float32, {"attention": "reference"}))
     with FlopCounterMode(display=False) as counter:
-        model.loss(make_batch([[32]], torch.Generator().manual_seed(0), vocab=192)).sum().backward()
+        model.loss(make_batch([[32]], torch.Generator().manual_seed(0), vocab=192)).objective.backward()
     masked_half = 6 * config.num_layers * config.hidden_size * 32
     assert counter.get_total_flops() == 32 * (flops_per_token(config, 32, causal=True) + masked_half)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megaflow.model.init import load_hf_weights
 from megaflow.model.llama import Llama
 from megaflow.model.placement import placement
 from megaflow.parallel.mesh import ParallelContext
+from tests.kernels.interpreter import interpreted, triton_ops
 from tests.tiny import make_batch, tiny_config, tiny_model
 
 SHAPES = {
@@ -45,14 +48,18 @@ def oracle(config: ModelConfig) -> LlamaForCausalLM:
     )
 
 
-@pytest.fixture(params=SHAPES)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Llama, LlamaForCausalLM]:
-    config = SHAPES[request.param]
+@pytest.fixture(params=[*((shape, "torch") for shape in SHAPES), ("grouped", "triton"), ("tied", "triton")])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Llama, LlamaForCausalLM]]:
+    """Ours on plain torch or on the Triton kernels, which are interpreted, and theirs with the same weights."""
+    shape, kernels = request.param
+    config = SHAPES[shape]
     theirs = oracle(config)
     theirs.save_pretrained(tmp_path, safe_serialization=True)
-    ours = Llama(config, ParallelContext.single(), select_ops("cpu", torch.float32))
+    ops = triton_ops() if kernels == "triton" else select_ops("cpu", torch.float32)
+    ours = Llama(config, ParallelContext.single(), ops)
     load_hf_weights(ours, tmp_path)
-    return ours, theirs
+    with interpreted() if kernels == "triton" else nullcontext():
+        yield ours, theirs
 
 
 def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -70,8 +77,8 @@ def test_logits_equal_transformers(pair: tuple[Llama, LlamaForCausalLM]) -> None
 def test_loss_and_gradients_equal_transformers(pair: tuple[Llama, LlamaForCausalLM]) -> None:
     ours, theirs = pair
     batch = make_batch([[24], [24]], torch.Generator().manual_seed(0))
-    losses = ours.loss(batch)
-    losses.sum().backward()
+    objective, losses = ours.loss(batch)
+    objective.backward()
     logits = theirs(batch.tokens).logits
     expected = F.cross_entropy(logits.transpose(1, 2), batch.labels.long(), reduction="none")
     expected.sum().backward()
@@ -98,10 +105,10 @@ def test_packed_documents_equal_documents_alone(pair: tuple[Llama, LlamaForCausa
 def test_bf16_follows_fp32() -> None:
     batch = make_batch([[10, 6]], torch.Generator().manual_seed(0))
     wide, narrow = tiny_model(tiny_config(init_std=0.05)), tiny_model(tiny_config(init_std=0.05), dtype=torch.bfloat16)
-    losses = narrow.loss(batch)
-    losses.sum().backward()
+    objective, losses = narrow.loss(batch)
+    objective.backward()
     assert losses.dtype == torch.float32
-    assert relative(losses, wide.loss(batch)) < 5e-3
+    assert relative(losses, wide.loss(batch).losses) < 5e-3
     assert all(p.grad is not None and p.grad.isfinite().all() for p in narrow.parameters())
 
 

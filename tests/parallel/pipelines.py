@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megaflow.config import ModelConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.data.loader import Batch
+from megaflow.kernels import linear_cross_entropy
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.chunks import chunks_of
 from megaflow.model.init import initialise
@@ -112,6 +113,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self.patch = pytest.MonkeyPatch()
         forward, add, outer = runner._Step._forward, self.gradients.add, layers._outer
+        add_product = linear_cross_entropy._add_product
 
         def counted_forward(step: runner._Step, *args: int) -> None:
             forward(step, *args)
@@ -125,6 +127,11 @@ class Watch:
             self.computed += 1
             return outer(grad, x)
 
+        def counted_product(*tensors: Tensor) -> None:
+            self.computed += 1
+            add_product(*tensors)
+
+        self.patch.setattr(linear_cross_entropy, "_add_product", counted_product)
         self.patch.setattr(runner._Step, "_forward", counted_forward)
         self.patch.setattr(layers, "_outer", counted_outer)
         self.patch.setattr(self.model.deferred, "add", counted_add)

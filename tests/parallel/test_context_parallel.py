@@ -80,15 +80,15 @@ def deviations(settings: dict[str, Any]) -> list[float]:
     whole_pieces, pieces = placement(model.config, single.ctx), placement(model.config, ctx)
     worst_of_all = []
     for whole in batches():
-        expected_losses = single.loss(whole)
-        grads = gradients(single, expected_losses)
+        objective, expected_losses = single.loss(whole)
+        grads = gradients(single, objective)
         expected = {p.name: grads[name][p.local_slices()] for name, found in whole_pieces.items() for p in found}
         own = whole if ctx.dp == 1 else row_of(whole, ctx.dp_rank)
-        losses = model.loss(cut_batch(own, ctx.cp, ctx.cp_rank))
-        mine = expected_losses[ctx.dp_rank :: ctx.dp].detach()
+        objective, losses = model.loss(cut_batch(own, ctx.cp, ctx.cp_rank))
+        mine = expected_losses[ctx.dp_rank :: ctx.dp]
         wanted = torch.cat([mine[:, part] for part in local_columns(32, ctx.cp, ctx.cp_rank)], dim=1)
-        worst = [relative(losses.detach(), wanted)]
-        for name, grad in gradients(model, losses).items():
+        worst = [relative(losses, wanted)]
+        for name, grad in gradients(model, objective).items():
             dist.all_reduce(grad, group=ctx.group("data"))
             if ctx.sequence_parallel and grad.ndim == 1:
                 dist.all_reduce(grad, group=ctx.tp_group)
@@ -113,7 +113,7 @@ def gathered(dtype: torch.dtype) -> None:
     ctx = ParallelContext.create(ParallelConfig(cp=2), "cpu")
     k, v = (torch.full((3, 2, 4), 10.0 * ctx.rank + i, dtype=dtype, requires_grad=True) for i in (1, 2))
     index = torch.tensor([5, 0, 2, 5][: 4 - ctx.rank], dtype=torch.int32)
-    keys, values = gather_keys_values(k, v, index, ctx)
+    keys, values = gather_keys_values(torch.cat((k, v), dim=1), index, ctx).chunk(2, dim=1)
     assert keys.dtype == dtype
     assert keys[:, 0, 0].tolist() == [11, 1, 1, 11][: len(index)]
     assert values[:, 1, 3].tolist() == [12, 2, 2, 12][: len(index)]

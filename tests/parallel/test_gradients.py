@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from megaflow.config_parallel import ParallelConfig
 from megaflow.parallel.gradients import GradientBuffer
@@ -69,8 +70,8 @@ def test_sums_of_fp32_gradients(tie: bool) -> None:
     parameters = FlatParameters(model, ParallelConfig())
     gradients = buffer_of(parameters)
     for batch in batches(3):
-        model.loss(batch).sum().backward()
-        plain.loss(batch).sum().backward()
+        model.loss(batch).objective.backward()
+        plain.loss(batch).objective.backward()
     sums = parameters.views(gradients.flat)
     for name, p in plain.named_parameters():
         assert p.grad is not None
@@ -83,18 +84,25 @@ def test_sums_of_fp32_gradients(tie: bool) -> None:
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
-    model = tiny_model(dtype=torch.bfloat16)
+    """That of the head is never rounded: it is computed in fp32 and does not go through autograd."""
+    model, plain = (tiny_model(dtype=torch.bfloat16) for _ in range(2))
     parameters = FlatParameters(model, ParallelConfig())
     gradients = buffer_of(parameters)
-    expected = [torch.zeros(p.shape) for p in parameters.parameters.values()]
+    taken: list[Tensor] = []
+    plain.deferred.accumulate = lambda weight, grad: taken.append(grad)
+    expected = {name: torch.zeros(p.shape) for name, p in plain.named_parameters()}
     for batch in batches(3):
-        found = torch.autograd.grad(model.loss(batch).sum(), list(parameters.parameters.values()))
-        expected = [total + grad.float() for total, grad in zip(expected, found, strict=True)]
-        model.loss(batch).sum().backward()
+        model.loss(batch).objective.backward()
+        plain.loss(batch).objective.backward()
+        for name, parameter in plain.named_parameters():
+            grad = taken.pop() if name == "head.weight" else parameter.grad
+            assert grad is not None
+            assert grad.dtype == (torch.float32 if name == "head.weight" else torch.bfloat16)
+            expected[name] += grad
+            parameter.grad = None
     assert gradients.flat.dtype == torch.float32
     assert all(p.grad is None for p in model.parameters())
-    sums = parameters.views(gradients.flat).values()
-    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
+    assert all(torch.equal(total, expected[name]) for name, total in parameters.views(gradients.flat).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +113,7 @@ def test_gradients_that_were_put_off_go_into_the_sums(dtype: torch.dtype) -> Non
         parameters = FlatParameters(model, ParallelConfig())
         gradients = buffer_of(parameters)
         for batch in batches(2):
-            losses = model.loss(batch).sum()
+            losses = model.loss(batch).objective
             if put_off:
                 with model.deferred.collect() as jobs:
                     losses.backward()
@@ -124,6 +132,6 @@ def test_a_gradient_after_the_last_is_an_error() -> None:
     gradients = buffer_of(parameters)
     gradients.final(parameters.parameters)
     batch, *_ = batches(1)
-    model.loss(batch).sum().backward()
+    model.loss(batch).objective.backward()
     with pytest.raises(RuntimeError, match=r"head\.weight: a gradient came after the one that was announced"):
-        model.loss(batch).sum().backward()
+        model.loss(batch).objective.backward()

@@ -81,7 +81,7 @@ def test_every_schedule_follows_one_process(world: int, expected: Callable[[Case
             assert outcome.peak == case.peaks[rank // (dp * parallel.tp)], case
             assert set(outcome.put_off.values()) <= {case.micro_batches}, case
         assert sum(outcome.computed for outcome in outcomes) == case.micro_batches * case.matrices * parallel.tp * dp
-        put_off = case.matrices if parallel.schedule in ("zb_h1", "zb_v") else 0
+        put_off = case.matrices - 1 if parallel.schedule in ("zb_h1", "zb_v") else 0  # all but the head
         assert sum(len(outcome.put_off) for outcome in outcomes) == put_off * parallel.tp * dp
 
 
@@ -113,7 +113,7 @@ def test_micro_batches_change_in_number_and_evaluated_ones_in_size(
         outcomes = [steps[number] for steps, _ in by_rank]
         assert deviation(outcomes, expected(case._replace(micro_batches=count), 2)) < TOLERANCE
     model = Rank(Case({})).model
-    whole = [model.loss(batch).detach() for batch in of_lengths(of_replica[0])]
+    whole = [model.loss(batch).losses for batch in of_lengths(of_replica[0])]
     found = {index: losses for _, of_rank in by_rank for index, losses in of_rank.items()}
     assert [relative(found[index], losses) < TOLERANCE for index, losses in enumerate(whole)] == [True] * 3
     assert sum(bool(of_rank) for _, of_rank in by_rank) == 1
@@ -179,6 +179,7 @@ def like_first(batches: list[Batch]) -> list[Batch]:
 def deviation_from_torch(case: Case) -> float:
     """How far our gradients and losses are from those of torch's schedule of the same name."""
     ours, theirs = Rank(case), Rank(case)
+    theirs.model.deferred.accumulate = None  # torch also calls for gradients that it only wants the shapes of
     batches, model, ctx = like_first(ours.batches()), theirs.model, theirs.ctx
     losses = ours.pipeline.train(batches, ours.gradients)
     stages = [
@@ -192,8 +193,8 @@ def deviation_from_torch(case: Case) -> float:
         for number in model.chunks
     ]
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return model.losses(logits, labels).sum()
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        return model.losses(hidden, labels).objective
 
     settings: dict[str, Any] = {"n_microbatches": len(batches), "loss_fn": loss, "scale_grads": False}
     schedule = Schedule1F1B(stages[0], **settings) if len(stages) == 1 else ScheduleInterleaved1F1B(stages, **settings)

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaflow.config_parallel import ParallelConfig
-from megaflow.kernels import cross_entropy
+from megaflow.kernels import linear_cross_entropy, norm, rotary, swiglu
+from megaflow.kernels.cross_entropy import Vocabulary
+from megaflow.kernels.linear_cross_entropy import TotalLoss
+from megaflow.model import llama
 from megaflow.model.llama import Llama
 from megaflow.parallel import layers, regions
 from megaflow.parallel.mesh import ParallelContext
@@ -66,10 +69,32 @@ def scatter_rule(*, x: Tensor, parallel: ParallelContext) -> Any:
     return summed(x, parallel)
 
 
-def loss_rule(*, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Any:
+def enter_rule(*, x: Tensor, parallel: ParallelContext) -> Any:
+    return whole(x, parallel)
+
+
+def norm_rule(*, x: Tensor, delta: Tensor | None, weight: Tensor) -> Any:
+    if delta is None:
+        return rules.einsum("sbh,h->sbh", x, weight)
+    total = rules.einsum("sbh,sbh->sbh", x, delta, linear_in=((0, 1),))
+    return total, rules.einsum("sbh,h->sbh", total, weight)
+
+
+def rotary_rule(*, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return rules.einsum("sbw,sbd,sbd->sbw", x, cos, sin)
+
+
+def swiglu_rule(*, gate_up: Tensor) -> Any:
+    return rules.einsum("sbf->sbf", gate_up)
+
+
+def loss_rule(*, x: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Any:
     rules.ignore(labels)
-    partial = rules.reinterpret(rules.einsum("tv->t", logits), group, src=V, dst=P)
-    return rules.all_reduce(partial, group, src=P, dst=I)
+    logits, group = rules.einsum("th,vh->tv", x, weight), vocabulary.group
+    losses = rules.all_reduce(
+        rules.reinterpret(rules.einsum("tv->t", logits), group, src=V, dst=P), group, src=P, dst=I
+    )
+    return rules.einsum("t->", losses), losses
 
 
 RULES: dict[type, Callable[..., Any]] = {
@@ -78,7 +103,11 @@ RULES: dict[type, Callable[..., Any]] = {
     layers._Linear: linear_rule,
     regions._ReduceFromTensorRegion: in_place_rule,
     regions._ReduceScatterToSequenceRegion: scatter_rule,
-    cross_entropy._CrossEntropy: loss_rule,
+    regions._EnterTensorRegion: enter_rule,
+    norm._RMSNorm: norm_rule,
+    rotary._Rotary: rotary_rule,
+    swiglu._SwiGLU: swiglu_rule,
+    linear_cross_entropy._LinearCrossEntropy: loss_rule,
 }
 
 
@@ -106,10 +135,11 @@ def loss_types(sequence_parallel: bool, changed: dict[str, dict[str, Any]] | Non
         for name, parameter in model.named_parameters():
             types = expected_types(parameter, sequence_parallel) | (changed or {}).get(name, {})
             spmd.assert_type(parameter, {dp: types["dp"], tp: types["tp"]})
-        for tensor in (batch.tokens, batch.labels, *(field for field in layout if isinstance(field, Tensor))):
+        for tensor in (batch.tokens, batch.labels, layout.cos, layout.sin, batch.cu_seqlens):
             spmd.assert_type(tensor, {dp: V, tp: R})
-        losses = model.losses(model(batch.tokens, layout), batch.labels)
-        types = spmd.get_local_type(losses)
+        losses = model.losses(model.run_chunk(0, batch.tokens.T, layout), batch.labels)
+        types = spmd.get_local_type(losses.objective)
+        assert types == spmd.get_local_type(losses.losses)
     return {"dp": types[spmd.normalize_axis(dp)], "tp": types[spmd.normalize_axis(tp)]}
 
 
@@ -157,6 +187,7 @@ FORGOTTEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "column_parallel_linear",
         without_backward_reduction,
     ),
+    "sum of input gradients before the loss": (llama, "enter_tensor_region", lambda x, parallel: x),
 }
 
 
@@ -170,5 +201,9 @@ def test_a_forgotten_reduction_does_not_type_check(
 
 
 def test_a_loss_of_one_rank_s_vocabulary_is_not_the_loss(four_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Llama, "losses", lambda self, logits, labels: logits.logsumexp(-1))
+    def of_this_rank(self: Llama, x: Tensor, labels: Tensor) -> TotalLoss:
+        losses = self.head(x).logsumexp(-1)
+        return TotalLoss(losses.sum(), losses)
+
+    monkeypatch.setattr(Llama, "losses", of_this_rank)
     assert loss_types(False)["tp"] == V

@@ -69,12 +69,12 @@ def test_buckets_are_reduced_once_each_as_soon_as_they_are_whole(
     for name, parameter in trainer.parameters.parameters.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("gradient", name)))
     first, last = micro_batches(0, trainer.ctx)[:2]
-    trainer.model.loss(first).sum().backward()
+    trainer.model.loss(first).objective.backward()
     assert {kind for kind, _ in events} == {"gradient"}
 
     events.clear()
     trainer.gradients.final(trainer.parameters.parameters)
-    trainer.model.loss(last).sum().backward()
+    trainer.model.loss(last).objective.backward()
     assert events[-1][0] == "gradient"
     come: set[int | str] = set()
     begun: list[int | str] = []

@@ -52,5 +52,5 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             if number == len(batches):
                 self.gradients.final(self.parameters.parameters)
-            self.model.loss(batch).sum().backward()
+            self.model.loss(batch).objective.backward()
         self.gradients.finish()

@@ -73,7 +73,7 @@ def test_the_trainer_takes_every_layout_as_the_overrides_say(own: list[str]) -> 
 
 def test_what_does_not_fit_is_counted_exactly() -> None:
     """The bound of the memory alone would refuse some that fit."""
-    cluster, wanted = Cluster(GPUS["a100-40"], 4, node=4), Wanted(micro_batch=2, recompute="full")
+    cluster, wanted = Cluster(GPUS["a100-40"], 8, node=8), Wanted(micro_batch=8, recompute="full")
     room = cluster.gpu.memory - RESERVED
     found = search(JOB, cluster, 1, wanted)
     layouts = list(legal(JOB, cluster, wanted))

@@ -149,7 +149,7 @@ def test_a_layout_in_detail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     code, out, _ = call(monkeypatch, capsys, *options)
     assert code == 0
     assert out.startswith("tp 4, pp 2 zb_v, dp 2, micro-batch 2, recompute none\n")
-    assert all(word in out for word in ("moments", "logits", "fullest: pipeline rank 0", "gradients", "bubble"))
+    assert all(word in out for word in ("moments", "loss", "fullest: pipeline rank 0", "gradients", "bubble"))
 
 
 def test_published_rows_take_a_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,4 +37,5 @@ def test_pipeline_killed_and_resumed_as_replicas_follows_one_process(make_config
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         if name.startswith("model/"):
-            assert float((ours[name] - tensor).norm() / tensor.norm()) < 1e-5, name
+            # where a gradient is nearly nothing, AdamW makes a whole step of its rounding
+            assert float((ours[name] - tensor).norm() / tensor.norm()) < 3e-5, name

@@ -50,7 +50,7 @@ def test_step_is_torch_adamw_on_the_mean_over_all_tokens_with_loss(clip: float) 
         outcome = step(model, gradients, optimizer)
         peer_optimizer.zero_grad()
         tokens = sum(int((batch.labels >= 0).sum()) for batch in batches())
-        loss = sum((peer.loss(batch).sum() for batch in batches()), torch.zeros(())) / tokens
+        loss = sum((peer.loss(batch).objective for batch in batches()), torch.zeros(())) / tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), clip or float("inf"))
         peer_optimizer.step()
