@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,6 @@ APEX_CHUNK = 65536
 """Elements of a block of apex's kernels, as in its `multi_tensor_applier`."""
 
 WIDE = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamWSituation(Situation):
-    """What AdamW will be used on; `dtype` is that of the parameters."""
-
-    grads: torch.dtype = torch.float32
-    masters: torch.dtype = torch.float32
-    """int16: remainders."""
-    moments: torch.dtype = torch.float32
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,41 +219,34 @@ def _csrc_missing(situation: Situation) -> str | None:
 
 
 def _apex_missing(situation: Situation) -> str | None:
-    wanted = _of(situation)
     if situation.device.type != "cuda":
         return "needs CUDA"
     if _amp_c() is None:
         return "needs NVIDIA's apex, built with its CUDA extensions"
-    if wanted.grads != wanted.dtype:
+    if situation.grads != situation.dtype:
         return "needs gradients of the parameters' dtype"
-    return _formats(situation) or _fp32_state(wanted)
+    return _formats(situation) or _fp32_state(situation)
 
 
 def _torch_missing(situation: Situation) -> str | None:
-    return _formats(situation) or _fp32_state(_of(situation))
-
-
-def _of(situation: Situation) -> AdamWSituation:
-    if isinstance(situation, AdamWSituation):
-        return situation
-    return AdamWSituation(situation.device, situation.dtype)
+    return _formats(situation) or _fp32_state(situation)
 
 
 def _formats(situation: Situation) -> str | None:
     """What `reference` does not do either."""
-    wanted = _of(situation)
-    for name, dtype in (("parameters", wanted.dtype), ("gradients", wanted.grads), ("moments", wanted.moments)):
+    formats = {"parameters": situation.dtype, "gradients": situation.grads, "moments": situation.moments}
+    for name, dtype in formats.items():
         if dtype not in WIDE:
             return f"needs {name} of fp32 or bf16"
-    if wanted.masters != torch.float32 and (wanted.masters, wanted.dtype) != (torch.int16, torch.bfloat16):
+    if situation.masters != torch.float32 and (situation.masters, situation.dtype) != (torch.int16, torch.bfloat16):
         return "needs fp32 masters, or int16 remainders of bf16 parameters"
     return None
 
 
-def _fp32_state(wanted: AdamWSituation) -> str | None:
-    if wanted.masters != torch.float32:
+def _fp32_state(situation: Situation) -> str | None:
+    if situation.masters != torch.float32:
         return "needs fp32 masters"
-    return "needs fp32 moments" if wanted.moments != torch.float32 else None
+    return "needs fp32 moments" if situation.moments != torch.float32 else None
 
 
 @functools.cache

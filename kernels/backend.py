@@ -20,6 +20,11 @@ class Situation:
     """Channels of an attention head, where it is known."""
     whole_documents: bool = True
     """Whether all of a document's tokens are on one rank."""
+    grads: torch.dtype = torch.float32
+    """Of the sums of gradients that the optimizer reads."""
+    masters: torch.dtype = torch.float32
+    """Of the optimizer's weights; int16: remainders of bf16 parameters."""
+    moments: torch.dtype = torch.float32
 
 
 def always(situation: Situation) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megaflow.kernels import attention, embedding, linear_cross_entropy, norm, rotary, swiglu
+from megaflow.kernels import adamw, attention, embedding, grad_norm, linear_cross_entropy, norm, rotary, swiglu
 from megaflow.kernels.backend import Backend, Situation
 
 OPERATIONS: Mapping[str, tuple[Backend, ...]] = {
@@ -18,13 +18,15 @@ OPERATIONS: Mapping[str, tuple[Backend, ...]] = {
     "attention": attention.BACKENDS,
     "swiglu": swiglu.BACKENDS,
     "linear_cross_entropy": linear_cross_entropy.BACKENDS,
+    "squared_norm": grad_norm.BACKENDS,
+    "adamw": adamw.BACKENDS,
 }
 """Every operation's backends, the preferred one first."""
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations of the model, each with the signature of its module's `reference`."""
+    """The operations of the model and of the optimizer; what each is called with, its module says."""
 
     embedding: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -32,33 +34,27 @@ class Ops:
     attention: Callable[..., Any]
     swiglu: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    squared_norm: Callable[..., Any]
+    adamw: Callable[..., Any]
 
 
 def select_ops(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    overrides: Mapping[str, str] | None = None,
-    head_dim: int | None = None,
-    whole_documents: bool = True,
+    device: torch.device | str, dtype: torch.dtype, overrides: Mapping[str, str] | None = None, **details: Any
 ) -> Ops:
-    """The operations in a `Situation`; `overrides` names backends by operation.
+    """The operations in a `Situation`, whose other fields are the details; `overrides` names backends by operation.
 
     Raises:
         ValueError: naming the choices, for an unknown operation or backend or one that cannot run here.
     """
-    chosen = _choose(Situation(torch.device(device), dtype, head_dim, whole_documents), overrides or {})
+    chosen = _choose(Situation(torch.device(device), dtype, **details), overrides or {})
     return Ops(**{name: backend.function for name, (backend, _) in chosen.items()})
 
 
 def describe(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    overrides: Mapping[str, str] | None = None,
-    head_dim: int | None = None,
-    whole_documents: bool = True,
+    device: torch.device | str, dtype: torch.dtype, overrides: Mapping[str, str] | None = None, **details: Any
 ) -> list[tuple[str, str, str]]:
     """Operation, backend and why that one, of every operation; raises as `select_ops` does."""
-    chosen = _choose(Situation(torch.device(device), dtype, head_dim, whole_documents), overrides or {})
+    chosen = _choose(Situation(torch.device(device), dtype, **details), overrides or {})
     return [(name, backend.name, reason) for name, (backend, reason) in chosen.items()]
 
 
@@ -83,10 +79,13 @@ def _named(operation: str, wanted: str, situation: Situation) -> tuple[Backend, 
 
 
 def _preferred(backends: tuple[Backend, ...], situation: Situation) -> tuple[Backend, str]:
-    passed_over: list[str] = []
+    passed_over: dict[str, list[str]] = {}
     for backend in backends:
         missing = backend.missing(situation)
         if missing is None:
-            return backend, "; ".join(passed_over) or ("preferred" if len(backends) > 1 else "the only one")
-        passed_over.append(f"{backend.name} {missing}")
-    raise ValueError(f"no backend runs on {situation.device} in {situation.dtype}: {'; '.join(passed_over)}")
+            break
+        passed_over.setdefault(missing, []).append(backend.name)
+    reasons = "; ".join(f"{', '.join(names)}: {missing}" for missing, names in passed_over.items())
+    if missing is not None:
+        raise ValueError(f"no backend runs on {situation.device} in {situation.dtype}: {reasons}")
+    return backend, reasons or "preferred"

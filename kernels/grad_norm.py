@@ -49,8 +49,7 @@ def _check(tensors: list[Tensor]) -> None:
 
 
 def _csrc_missing(situation: Situation) -> str | None:
-    """`dtype` is that of the tensors."""
-    if situation.dtype not in WIDE:
+    if situation.grads not in WIDE:
         return "needs fp32 or bf16"
     return csrc_missing("squared_norm", situation.device)
 

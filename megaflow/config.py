@@ -88,6 +88,10 @@ class TrainConfig(Section):
     full, all but the layers' inputs."""
     recompute_interval: Positive = 1
     """Recompute every k-th layer only."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over the vocabulary (arXiv 1512.00567); reported losses are without."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's denominator (arXiv 2204.02311), which keeps logits small."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights."""
     log_interval: Positive = 1
@@ -127,6 +131,12 @@ class OptimConfig(Section):
     """Term added to the root of the second moment."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in over micro-batches; bf16 only with train.precision bf16."""
+    master: Literal["fp32", "remainder"] = "fp32"
+    """Master weights of bf16 parameters: fp32 beside them or, in 2 bytes less, the 16 bits that they lack of it."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's moments are kept in."""
 
     @model_validator(mode="after")
     def _rates(self) -> Self:
@@ -198,6 +208,9 @@ class Config(Section):
                 f"parallel: {parallel.num_chunks} chunks (pp x chunks) for model.num_layers {model.num_layers}; take a "
                 "smaller pp"
             )
+        if self.train.precision == "fp32" and (optim.gradients, optim.master) != ("fp32", "fp32"):
+            key = "gradients" if optim.gradients != "fp32" else "master"
+            raise ValueError(f"optim.{key} {getattr(optim, key)} is for train.precision bf16; set it to fp32")
         if optim.warmup_steps + optim.decay_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps {optim.warmup_steps} + optim.decay_steps {optim.decay_steps} exceed train.steps "

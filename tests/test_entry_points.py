@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megaflow import pretrain
+from megaflow.kernels.dispatch import OPERATIONS
 from tests.distributed import RankError, run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +44,18 @@ assert not heavy, heavy
 def test_doctor_names_every_op_and_accelerator() -> None:
     done = start("-m", "megaflow.tools.cli", "doctor", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
-    names = ("Python", "torch", "GPU", "host library", "triton", "flash-attn", "apex")
-    ops = ("op embedding", "op rms_norm", "op rotary", "op swiglu", "op attention", "op linear_cross_entropy")
+    names = ("Python", "torch", "GPU", "host library", "optimizer library", "triton", "flash-attn", "apex")
+    ops = [f"op {op}" for op in OPERATIONS]
     assert [
         name for name in (*names, *ops) if not any(line.startswith(name) for line in done.stdout.splitlines())
     ] == []
+
+
+def test_doctor_shows_what_a_run_would_use() -> None:
+    done = start("-m", "megaflow.tools.cli", "doctor", "--config", "configs/demo.yaml", "kernels.attention=reference")
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("op "))
+    assert rows["attention"] == "reference: named in the configuration"
 
 
 def test_pretrain_help_lists_the_settings() -> None:
@@ -117,6 +125,8 @@ def test_a_rank_that_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
             "nowhere.jsonl",
         ),
         (("doctor", "--precision", "fp8"), "fp8"),
+        (("doctor", "optim.lr=1"), "--config"),
+        (("doctor", "--config", "configs/demo.yaml", "kernels.adamw=apex"), "needs CUDA"),
     ],
 )
 def test_commands_refuse_in_one_line(arguments: tuple[str, ...], words: str) -> None:

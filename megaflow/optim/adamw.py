@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megaflow.config import OptimConfig
+from megaflow.kernels.adamw import join_master, split_master
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.parameters import FlatParameters
 
+PIECE = 2**24
+"""Numbers that are joined or split at a time: on a GPU they take memory that nobody planned for."""
+
 
 class AdamW:
-    """AdamW with decoupled weight decay (arXiv 1711.05101), fused, on this rank's part of every bucket.
+    """AdamW with decoupled weight decay (arXiv 1711.05101) on this rank's part of every bucket.
 
     `params`, `master`, `exp_avg`, `exp_avg_sq` and `grads` are lists with a tensor `[n]` for each bucket. With fp32
-    parameters `master` is `params` itself, which are views of the parameters; with bf16 it is an fp32 copy that is
-    rounded into them after every update. The other ranks' parts are then gathered.
+    parameters `master` is `params` itself, which are views of the parameters. With bf16 ones it is an fp32 copy that
+    every update rounds into them or, with `optim.master` remainder, the int16 that they lack of it. The other ranks'
+    parts are then gathered. What computes the update is the model's op `adamw`.
     """
 
     def __init__(self, config: OptimConfig, parameters: FlatParameters, gradients: GradientBuffer) -> None:
         self.config = config
         self.parameters = parameters
+        self.adamw = parameters.model.ops.adamw
         self.params = parameters.own(parameters.flat)
-        self.master = self.params if parameters.flat.dtype == torch.float32 else [p.float() for p in self.params]
-        self.exp_avg = [torch.zeros_like(master) for master in self.master]
-        self.exp_avg_sq = [torch.zeros_like(master) for master in self.master]
+        self.split = config.master == "remainder" and parameters.flat.dtype != torch.float32
+        self.master = self.params
+        if self.split:
+            self.master = [torch.zeros_like(param, dtype=torch.int16) for param in self.params]
+        elif parameters.flat.dtype != torch.float32:
+            self.master = [param.float() for param in self.params]
+        dtype = torch.bfloat16 if config.moments == "bf16" else torch.float32
+        self.exp_avg = [torch.zeros_like(param, dtype=dtype) for param in self.params]
+        self.exp_avg_sq = [torch.zeros_like(param, dtype=dtype) for param in self.params]
         self.steps = torch.zeros((), dtype=torch.float32, device=parameters.flat.device)
         self.grads = parameters.own(gradients.flat)
         matrices = sum(bucket.kind != "norms" for bucket in parameters.buckets)
@@ -35,43 +46,66 @@ class AdamW:
     def step(self, lr: float, scale: Tensor, skip: Tensor) -> None:
         """Updates the parameters with gradients `scale * grads`; does nothing where `skip` (a 0/1 fp32 scalar) is 1.
 
-        Both are scalars on the device, so nothing waits for the host. `grads` holds scaled gradients afterwards.
+        Both are scalars on the device, so nothing waits for the host. `grads` may hold scaled gradients afterwards.
         """
         self.parameters.wait()
         for part, decay in self.groups:
-            if not self.master[part]:
-                continue
-            adamw(
-                self.master[part],
-                self.grads[part],
-                self.exp_avg[part],
-                self.exp_avg_sq[part],
-                [],
-                list(self.steps.repeat(len(self.master[part])).unbind()),
-                fused=True,
-                grad_scale=scale.reciprocal(),
-                found_inf=skip,
-                amsgrad=False,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                lr=lr,
-                weight_decay=decay,
-                eps=self.config.eps,
-                maximize=False,
-            )
+            if self.params[part]:
+                self.adamw(
+                    *(tensors[part] for tensors in (self.params, self.master, self.grads)),
+                    *(tensors[part] for tensors in (self.exp_avg, self.exp_avg_sq)),
+                    *(self.steps, scale, skip),
+                    lr=lr,
+                    beta1=self.config.beta1,
+                    beta2=self.config.beta2,
+                    eps=self.config.eps,
+                    weight_decay=decay,
+                )
         self.steps += 1 - skip
-        self.copy_master_to_params()
+        self.parameters.gather()
 
     @torch.no_grad()
     def set_master(self, name: str, value: Tensor) -> None:
         """Sets this rank's part of a parameter's master weight, given whole; `copy_master_to_params` once all are."""
         part = self.parameters.range_of(name, self.master)
-        part.values.copy_(value.flatten()[part.start : part.start + len(part.values)])
+        own = value.flatten()[part.start : part.start + len(part.values)]
+        if self.split:
+            _split(own, self.parameters.range_of(name, self.params).values, part.values)
+        else:
+            part.values.copy_(own)
+
+    def fp32_master(self) -> list[Tensor]:
+        """The master weights to be saved, or to be loaded into: the tensors themselves or, of split ones, a copy.
+
+        A copy is in host memory, and `copy_master_to_params` takes it back.
+        """
+        if not self.split:
+            return self.master
+        copies = [torch.empty(param.shape, dtype=torch.float32) for param in self.params]
+        for copy, param, remainder in zip(copies, self.params, self.master, strict=True):
+            for part in _pieces(param):
+                copy[part] = join_master(param[part], remainder[part])
+        return copies
 
     @torch.no_grad()
-    def copy_master_to_params(self) -> None:
-        """Makes the parameters from the master weights: rounds them into bf16 ones, and starts `gather`; collective."""
-        if self.master is not self.params:
-            for param, master in zip(self.params, self.master, strict=True):
-                param.copy_(master)
+    def copy_master_to_params(self, master: list[Tensor] | None = None) -> None:
+        """Makes the parameters from the master weights, or from those that `fp32_master` gave; collective.
+
+        They are rounded into bf16 parameters, and the other ranks' parts are fetched.
+        """
+        if self.split:
+            for param, remainder, whole in zip(self.params, self.master, master or [], strict=master is not None):
+                _split(whole, param, remainder)
+        elif self.master is not self.params:
+            for param, own in zip(self.params, self.master, strict=True):
+                param.copy_(own)
         self.parameters.gather()
+
+
+def _pieces(tensor: Tensor) -> list[slice]:
+    return [slice(start, start + PIECE) for start in range(0, len(tensor), PIECE)]
+
+
+def _split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    for part in _pieces(param):
+        param[part], remainder[part] = split_master(master[part].to(param.device, torch.float32))

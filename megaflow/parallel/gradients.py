@@ -1,4 +1,4 @@
-"""fp32 gradient sums of a rank and their reduction, bucket by bucket under the backward pass."""
+"""Gradient sums of a rank and their reduction, bucket by bucket under the backward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASTS_HELD = 2
 class _Reduction(NamedTuple):
     pending: Pending
     target: Tensor
-    """Where in the fp32 sums the result belongs."""
+    """Where in the sums the result belongs."""
 
     def complete(self) -> None:
         result = self.pending.wait()
@@ -31,20 +31,26 @@ class _Reduction(NamedTuple):
 
 
 class GradientBuffer:
-    """fp32 sums of the gradients of all micro-batches, then of all ranks, in the layout of `FlatParameters`.
+    """Sums of the gradients of all micro-batches, then of all ranks, in the layout of `FlatParameters`.
 
-    fp32 parameters accumulate into it as their `.grad`; gradients of other dtypes are added and dropped as they come,
-    and so are those that the model's linear layers have put off. A bucket whose parameters have all had their last
+    Parameters of the sums' dtype accumulate into it as their `.grad`; gradients of others are added and dropped as they
+    come, and so are those that the model's linear layers have put off. A bucket whose parameters have all had their last
     gradient of the step (`final`) is reduced over the ranks that see other tokens while the backward pass goes on:
     reduce-scattered where the optimizer state is sharded (Rajbhandari et al., arXiv 1910.02054), all-reduced where it
     is not. Ranks that hold the same weights run the same passes, so they start these collectives in the same order.
     """
 
-    def __init__(self, parameters: FlatParameters, ctx: ParallelContext, parallel: ParallelConfig) -> None:
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        ctx: ParallelContext,
+        parallel: ParallelConfig,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.parameters = parameters
         self.ctx = ctx
         self.cast = torch.bfloat16 if parallel.grad_reduce == "bf16" else torch.float32
-        self.flat = torch.zeros_like(parameters.flat, dtype=torch.float32)
+        self.flat = torch.zeros_like(parameters.flat, dtype=dtype)
         """The sums `[N]`; after `finish` only `parameters.own(flat)` is whole."""
         self.sums = parameters.views(self.flat)
         self.names = {parameter: name for name, parameter in parameters.parameters.items()}
@@ -54,7 +60,7 @@ class GradientBuffer:
         self.closing: set[str] = set()
         """Parameters whose next gradient is the last of the step."""
         for name, parameter in parameters.parameters.items():
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == dtype:
                 parameter.grad = self.sums[name]
             parameter.register_post_accumulate_grad_hook(self._hook(name))
         parameters.model.deferred.add = self.add
@@ -108,18 +114,21 @@ class GradientBuffer:
         Every data rank takes its part of a bucket, whether it holds all of it or not; tp rank 0 takes the norms, and
         the first pipeline rank the tied embedding.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.flat.device)
+        counted = []
         for bucket, part in zip(self.parameters.buckets, self.parameters.parts(self.flat), strict=True):
             again = bucket.kind == "norms" and self.ctx.tp_rank > 0
             if not again and self.parameters.tied_copy not in bucket.names:
-                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+                counted.append(part)
+        if not counted:
+            return torch.zeros((), dtype=torch.float64, device=self.flat.device)
+        total: Tensor = self.parameters.model.ops.squared_norm(counted)
         return total
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         main = self.sums[name]
 
         def accumulated(parameter: Tensor) -> None:
-            if parameter.dtype != torch.float32 and parameter.grad is not None:
+            if parameter.dtype != main.dtype and parameter.grad is not None:
                 main.add_(parameter.grad)
                 parameter.grad = None
             self._accumulated(name)

@@ -29,6 +29,9 @@ class Job:
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     bucket_mib: int = 64
     attention: Literal["triton", "sdpa"] = "triton"
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    master: Literal["fp32", "remainder"] = "fp32"
+    moments: Literal["fp32", "bf16"] = "fp32"
 
     @classmethod
     def of(cls, config: Config) -> Job:
@@ -42,6 +45,9 @@ class Job:
             config.train.precision,
             config.parallel.grad_reduce,
             config.parallel.bucket_mib,
+            gradients=config.optim.gradients,
+            master=config.optim.master,
+            moments=config.optim.moments,
         )
 
     @property

@@ -27,11 +27,11 @@ class RankMemory:
     weights: int
     """In the model's dtype."""
     master: int
-    """fp32 weights of the optimizer, where the model's are bf16."""
+    """What the optimizer keeps of fp32 weights beside bf16 ones."""
     gradients: int
-    """fp32 sums."""
+    """Sums."""
     moments: int
-    """Both of AdamW, fp32."""
+    """Both of AdamW."""
     activations: int
     """Kept between the passes of the micro-batches under way."""
     loss: int
@@ -145,7 +145,8 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
     the largest.
     """
     shards = layout.data if layout.zero else 1
-    mixed = job.precision == "bf16"
+    master = 0 if job.precision == "fp32" else 2 if job.master == "remainder" else 4
+    gradient, moments = (2 if dtype == "bf16" else 4 for dtype in (job.gradients, job.moments))
     one = _activations(job, layout.tp, layout.sequence_parallel, layout.cp, layout.micro_batch, layout.recompute)
     kept = [one.of(held) for held in layout.held(job)]
     widest = _widest(job, layout, kept, one) if exact else _bounds(job, layout, kept, one)
@@ -157,9 +158,9 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
         ranks.append(
             RankMemory(
                 weights=job.element * held,
-                master=4 * held // shards if mixed else 0,
-                gradients=4 * held,
-                moments=8 * held // shards,
+                master=master * held // shards,
+                gradients=gradient * held,
+                moments=2 * moments * held // shards,
                 activations=activations,
                 loss=loss,
                 messages=MESSAGES * neighbours * one.message,

@@ -5,38 +5,40 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megaflow.errors import UserError
+
 
 def doctor(
     precision: Annotated[str, typer.Option(help="fp32 or bf16: the precision the ops would run in")] = "bf16",
+    config: Annotated[
+        Path | None, typer.Option(help="a config whose ops are shown instead; its precision counts")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, for the config")] = None,
 ) -> None:
-    """Show Python, torch, triton, GPUs, the host library, flash-attn, apex, and the backend of every op."""
+    """Show Python, torch, triton, GPUs, both libraries, flash-attn, apex, and the backend of every op."""
     import torch
 
     from megaflow import __version__
     from megaflow.data import native
-    from megaflow.errors import UserError
-    from megaflow.kernels.dispatch import describe
     from megaflow.parallel import symmetric
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if precision not in dtypes:
-        raise UserError(f"--precision {precision}: give fp32 or bf16")
     rows = [
         ("megaflow", __version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU build")),
         ("GPU", _gpus()),
         ("host library", native.status()),
+        ("optimizer library", _optimizer_library()),
     ]
     for name, package, purpose in OPTIONAL:
         rows.append((name, _version(name, package, purpose)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(("", ""))
-    rows += [(f"op {op}", f"{backend}: {reason}") for op, backend, reason in describe(device, dtypes[precision], {})]
+    rows += [(f"op {op}", f"{backend}: {reason}") for op, backend, reason in _backends(precision, config, overrides)]
     missing = symmetric.missing(2)
     rows.append(("symmetric memory", f"not available: {missing}" if missing else "for parallel.symmetric_memory"))
     width = max(len(name) for name, _ in rows)
@@ -44,11 +46,41 @@ def doctor(
         typer.echo(f"{name:<{width}}  {text}".rstrip())
 
 
+def _backends(precision: str, path: Path | None, overrides: list[str] | None) -> list[tuple[str, str, str]]:
+    import torch
+
+    from megaflow.config_load import load_config
+    from megaflow.kernels.dispatch import describe
+    from megaflow.train.operations import DTYPES, chosen_backends
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if path is not None:
+        try:
+            return chosen_backends(load_config(path, overrides, files=False), device)
+        except ValueError as error:
+            raise UserError(f"kernels: {error}") from None
+    if overrides:
+        raise UserError(f"{overrides[0]}: overrides are for a config; give --config FILE too")
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision {precision}: give fp32 or bf16")
+    return describe(device, DTYPES[precision])
+
+
+def _optimizer_library() -> str:
+    import torch
+
+    from megaflow.kernels.adamw import csrc_missing, library_error
+
+    if error := library_error():
+        return f"{error}: torch's optimizer serves"
+    return "loaded, " + ("without CUDA" if csrc_missing("adamw", torch.device("cuda")) else "with CUDA kernels")
+
+
 # distribution, import name, what it would be used for
 OPTIONAL = [
     ("triton", "triton", "fused kernels on GPUs"),
     ("flash-attn", "flash_attn", "attention on GPUs, optional"),
-    ("apex", "apex.optimizers", "NVIDIA's fused optimizers, optional"),
+    ("apex", "amp_C", "NVIDIA's fused optimizers, optional"),
 ]
 
 

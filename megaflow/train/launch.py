@@ -18,7 +18,7 @@ import megaflow
 import megaflow.kernels
 from megaflow.data import native
 from megaflow.errors import UserError
-from megaflow.kernels.dispatch import describe
+from megaflow.train.operations import chosen_backends
 from megaflow.train.agreement import name_ranks
 from megaflow.train.run import Run
 
@@ -67,8 +67,7 @@ def facts_of(run: Run, device: torch.device) -> Facts:
     manifests: dict[str, str] = {}
     for entry in run.ledger:
         manifests |= entry.manifests
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    backends = {f"backend of {op}": name for op, name, _ in describe(device, dtype, config.kernels)}
+    backends = {f"backend of {op}": name for op, name, _ in chosen_backends(config, device)}
     ledger = json.dumps([entry.to_json() for entry in run.ledger])
     return {
         "versions": {"Python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__},

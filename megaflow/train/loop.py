@@ -10,7 +10,7 @@ import torch
 from megaflow.checkpoint.background import CheckpointSaver
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.loader import Loader
-from megaflow.kernels.dispatch import select_ops
+from megaflow.kernels.cross_entropy import Objective
 from megaflow.model.chunks import chunks_of
 from megaflow.model.init import initialise, load_hf_weights
 from megaflow.model.llama import Llama
@@ -26,6 +26,7 @@ from megaflow.train.agreement import DigestCheck, check_history
 from megaflow.train.changes import take_up_changes
 from megaflow.train.evaluate import evaluate
 from megaflow.train.metrics import SourceTotals
+from megaflow.train.operations import DTYPES, model_dtype, operations
 from megaflow.train.report import Report
 from megaflow.train.run import Run
 from megaflow.train.samples import SampleLog
@@ -37,12 +38,12 @@ from megaflow.train.step import train_step
 def build(run: Run, ctx: ParallelContext) -> tuple[Pipeline, GradientBuffer, TrainState]:
     """This rank's chunks of the model, gradient buffer and state of a run, before its weights are set."""
     config = run.config
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     chunks = chunks_of(config.model, config.parallel, config.data.seq_length, ctx.pp_rank)
-    model = Llama(config.model, ctx, select_ops(ctx.device, dtype, config.kernels), dtype, chunks)
+    objective = Objective(config.train.label_smoothing, config.train.z_loss)
+    model = Llama(config.model, ctx, operations(config, ctx.device), model_dtype(config), chunks, objective)
     recompute_layers(model.layers, config.train.recompute, config.train.recompute_interval)
     parameters = FlatParameters(model, config.parallel)
-    gradients = GradientBuffer(parameters, ctx, config.parallel)
+    gradients = GradientBuffer(parameters, ctx, config.parallel, DTYPES[config.optim.gradients])
     optimizer = AdamW(config.optim, parameters, gradients)
     totals = SourceTotals(len(run.sources), ctx)
     state = TrainState(run, placement(config.model, ctx, chunks), parameters, optimizer, totals)

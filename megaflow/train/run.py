@@ -34,10 +34,10 @@ from megaflow.data.sampler.plan import count_micro_batches
 from megaflow.data.sources import Source, open_heldouts, open_sources
 from megaflow.data.tokenizer import Tokenizer, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.kernels.dispatch import select_ops
 from megaflow.model.flops import num_parameters
 from megaflow.model.init import check_hf_config
 from megaflow.parallel.schedule import make_schedule
+from megaflow.train.operations import operations
 from megaflow.train.samples import discard_superseded
 
 # what a resumed run keeps: another value would break the weights' shapes or the promises made for the sample order
@@ -45,6 +45,7 @@ FIXED = {
     "model": "hidden_size intermediate_size num_layers num_heads num_kv_heads vocab_size norm_eps rope_theta "
     "tie_embeddings",
     "data": "seq_length seed document_boundaries",
+    "optim": "moments",
 }
 
 
@@ -172,7 +173,7 @@ def plan_run(config: Config, device: torch.device) -> Run:
     if config.model.weights:
         check_hf_config(config.model, config.model.weights)
     try:
-        select_ops(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, config.kernels)
+        operations(config, device)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from None
     mix = open_mix(config)
@@ -245,7 +246,8 @@ def _check_resumable(config: Config, began: dict[str, Any]) -> None:
     now = config.model_dump(mode="json")
     for section, names in FIXED.items():
         for name in names.split():
-            old, new = ((tree.get(section) or {}).get(name) for tree in (began, now))
+            new = now[section][name]
+            old = (began.get(section) or {}).get(name, new)  # a run may be older than a key
             if old != new:
                 raise UserError(
                     f"{section}.{name}: {_short(new)} differs from {_short(old)}, which the run in {config.run_dir} "

@@ -55,14 +55,15 @@ class TrainState:
             "tokenizer_sha256": self.run.tokenizer_sha256,
             "ledger": [entry.to_json() for entry in self.run.ledger],
         }
-        saver.save(self.sampler.step, self._tensors(saving=True), scalars)
+        saver.save(self.sampler.step, self._tensors(self.optimizer.fp32_master(), saving=True), scalars)
 
     def load(self, store: CheckpointStore) -> bool:
         """Goes back to the newest sound checkpoint; False when there is none yet.
 
         Raises UserError when no checkpoint is sound, or it is of another model or another mix.
         """
-        manifest = store.load(self._tensors(saving=False))
+        master = self.optimizer.fp32_master()
+        manifest = store.load(self._tensors(master, saving=False))
         if manifest is None:
             return False
         scalars = manifest.scalars
@@ -75,18 +76,18 @@ class TrainState:
             )
         self.run.continue_from(scalars["sampler"], len(saved))
         self.optimizer.steps.fill_(scalars["optimizer_steps"])
-        self.optimizer.copy_master_to_params()
+        self.optimizer.copy_master_to_params(master)
         totals = torch.tensor(scalars["totals"], dtype=torch.float64)
         self.totals.values[: len(totals)].copy_(totals)  # sources appended since have theirs at 0
         self.skipped_steps = scalars["skipped_steps"]
         torch.set_rng_state(self.random)
         return True
 
-    def _tensors(self, saving: bool) -> dict[str, Shards | torch.Tensor]:
+    def _tensors(self, master: list[torch.Tensor], saving: bool) -> dict[str, Shards | torch.Tensor]:
         """What this rank holds, as views; the copy of a tied embedding is read and never saved."""
         names = [name for name in self.parameters.parameters if not (saving and name == self.parameters.tied_copy)]
         groups = {
-            "model": self.optimizer.master,
+            "model": master,
             "exp_avg": self.optimizer.exp_avg,
             "exp_avg_sq": self.optimizer.exp_avg_sq,
         }

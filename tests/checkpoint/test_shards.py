@@ -115,11 +115,11 @@ def check(state: TrainState, fill: bool = False) -> None:
 
 def save(state: TrainState, folder: Path, step: int = 1) -> None:
     check(state, fill=True)
-    CheckpointStore(folder, state.parameters.ctx).save(step, state._tensors(saving=True), {})
+    CheckpointStore(folder, state.parameters.ctx).save(step, state._tensors(state.optimizer.master, saving=True), {})
 
 
 def load(state: TrainState, folder: Path) -> None:
-    assert CheckpointStore(folder, state.parameters.ctx).load(state._tensors(saving=False)) is not None
+    assert CheckpointStore(folder, state.parameters.ctx).load(state._tensors(state.optimizer.master, saving=False)) is not None
     check(state)
     state.optimizer.copy_master_to_params()
     state.parameters.wait()

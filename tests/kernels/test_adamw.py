@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megaflow.kernels import adamw
-from megaflow.kernels.adamw import AdamWSituation, join_master, split_master
+from megaflow.kernels.adamw import join_master, split_master
+from megaflow.kernels.backend import Situation
 
 BF16, FP32, REMAINDER = torch.bfloat16, torch.float32, torch.int16
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -28,7 +29,7 @@ formats = pytest.mark.parametrize("dtypes", FORMATS, ids=lambda dtypes: "-".join
 
 def require(name: str, device: str, dtypes: tuple[torch.dtype, ...] = FORMATS[0]) -> None:
     param, master, grad, moment = dtypes
-    situation = AdamWSituation(torch.device(device), param, grads=grad, masters=master, moments=moment)
+    situation = Situation(torch.device(device), param, grads=grad, masters=master, moments=moment)
     missing = {backend.name: backend.missing for backend in adamw.BACKENDS}[name](situation)
     if missing:
         pytest.skip(f"{name} {missing}")

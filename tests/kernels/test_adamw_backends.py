@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megaflow.kernels import adamw
-from megaflow.kernels.adamw import AdamWSituation
+from megaflow.kernels.backend import Situation
 from tests.kernels.test_adamw import BF16, FORMATS, FP32, REMAINDER, State, require
 
 
@@ -26,7 +26,7 @@ def test_a_missing_or_broken_library_is_stated(tmp_path: Path, monkeypatch: pyte
 
 def missing(name: str, device: str, dtype: torch.dtype, **dtypes: torch.dtype) -> str | None:
     backend = next(backend for backend in adamw.BACKENDS if backend.name == name)
-    return backend.missing(AdamWSituation(torch.device(device), dtype, **dtypes))
+    return backend.missing(Situation(torch.device(device), dtype, **dtypes))
 
 
 def test_what_backends_lack() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megaflow.kernels import attention, jit
+from megaflow.kernels.adamw import csrc_missing
 from megaflow.kernels.backend import Situation
 from megaflow.kernels.dispatch import OPERATIONS, describe, select_ops
 
@@ -23,16 +24,16 @@ def test_every_operation_is_described_with_its_reason() -> None:
     assert set(rows) == set(OPERATIONS)
     backend, reason = rows["attention"]
     assert backend == "sdpa"
-    assert reason.startswith("triton needs CUDA; varlen needs CUDA; flash2 needs CUDA")
+    assert reason.startswith("triton, hopper, varlen, flash2, flash3, flash4, sdpa_cudnn, sdpa_flash: needs CUDA")
     assert rows["rotary"] == ("reference", "named in the configuration")
-    assert rows["swiglu"] == ("reference", "triton needs CUDA")
+    assert rows["swiglu"] == ("reference", "triton: needs CUDA")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"atention": "sdpa"}, "no operation is called 'atention'; there are embedding, rms_norm, rotary, attention, "),
-        ({"attention": "flash"}, "attention has no backend 'flash'; there are triton, varlen, flash2, "),
+        ({"attention": "flash"}, "attention has no backend 'flash'; there are triton, hopper, varlen, flash2, "),
         ({"attention": "varlen"}, "attention cannot use 'varlen': it needs CUDA; here there are sdpa, reference"),
         ({"rms_norm": "triton"}, "rms_norm cannot use 'triton': it needs CUDA; here there are reference"),
     ],
@@ -45,7 +46,7 @@ def test_wrong_wishes_name_the_choices(overrides: dict[str, str], message: str) 
 def test_every_operation_has_a_reference_that_runs_anywhere() -> None:
     for backends in OPERATIONS.values():
         reference = {backend.name: backend for backend in backends}["reference"]
-        assert reference.missing(Situation(torch.device("cpu"), torch.float64)) is None
+        assert reference.missing(Situation(torch.device("cpu"), torch.bfloat16)) is None
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def test_on_a_gpu_the_project_s_own_kernels_are_preferred(hopper: torch.device) -> None:
     rows = {op: backend for op, backend, _ in describe(hopper, torch.bfloat16, head_dim=128)}
-    assert rows == dict.fromkeys(OPERATIONS, "triton")
+    built = "csrc" if csrc_missing("adamw", hopper) is None else "torch"
+    assert rows == dict.fromkeys(OPERATIONS, "triton") | dict.fromkeys(("squared_norm", "adamw"), built)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +79,24 @@ def test_cut_documents_are_not_for_every_kernel(hopper: torch.device) -> None:
 def test_without_triton_there_are_torch_s_kernels(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "triton", None)
     rows = {op: (backend, reason) for op, backend, reason in describe(hopper, torch.bfloat16, head_dim=128)}
-    assert rows["rms_norm"] == ("reference", "triton needs Triton")
+    assert rows["rms_norm"] == ("reference", "triton: needs Triton")
     assert rows["attention"][0] == "varlen"
 
 
-def test_an_old_gpu_has_no_backend_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizer_s_own_library_is_preferred_where_it_was_built() -> None:
+    rows = {op: backend for op, backend, _ in describe("cpu", torch.float32)}
+    built = csrc_missing("adamw", torch.device("cpu")) is None
+    assert (rows["adamw"], rows["squared_norm"]) == (("csrc", "csrc") if built else ("torch", "torch"))
+
+
+def test_state_that_torch_cannot_keep_is_refused_by_its_optimizer() -> None:
+    message = "adamw cannot use 'torch': it needs fp32 masters; here there are "
+    with pytest.raises(ValueError, match=message):
+        select_ops("cpu", torch.bfloat16, {"adamw": "torch"}, masters=torch.int16)
+
+
+def test_an_old_gpu_has_no_kernels_for_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    rows = {op: (backend, reason) for op, backend, reason in describe("cuda", torch.float16, head_dim=128)}
+    rows = {op: (backend, reason) for op, backend, reason in describe("cuda", torch.bfloat16, head_dim=128)}
     assert rows["attention"][0] == "sdpa"
-    assert rows["rms_norm"] == ("reference", "triton needs compute capability 8.0")
+    assert rows["rms_norm"] == ("reference", "triton: needs compute capability 8.0")

@@ -17,7 +17,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def require(name: str, device: str, dtype: torch.dtype = torch.float32) -> None:
     missing = {backend.name: backend.missing for backend in grad_norm.BACKENDS}[name](
-        Situation(torch.device(device), dtype)
+        Situation(torch.device(device), dtype, grads=dtype)
     )
     if missing:
         pytest.skip(f"{name} {missing}")
@@ -96,6 +96,6 @@ def test_no_tensors_have_no_device(backend: str) -> None:
 def test_what_backends_lack() -> None:
     require("csrc", "cpu")
     csrc = grad_norm.BACKENDS[0]
-    assert csrc.missing(Situation(torch.device("cpu"), torch.bfloat16)) is None
-    assert csrc.missing(Situation(torch.device("cpu"), torch.float16)) == "needs fp32 or bf16"
+    assert csrc.missing(Situation(torch.device("cpu"), torch.bfloat16, grads=torch.bfloat16)) is None
+    assert csrc.missing(Situation(torch.device("cpu"), torch.float16, grads=torch.float16)) == "needs fp32 or bf16"
     assert csrc.missing(Situation(torch.device("xpu"), torch.float32)) == "has no kernels for xpu"

@@ -39,7 +39,7 @@ def undisturbed() -> Curve:
 def tensors(trainer: Trainer, saving: bool) -> dict[str, Shards]:
     """Master weights and moments that this rank saves or loads."""
     state = TrainState(None, trainer.placement, trainer.parameters, trainer.optimizer, None)  # type: ignore[arg-type]
-    return {name: shard for name, shard in state._tensors(saving).items() if isinstance(shard, Shards)}
+    return {name: shard for name, shard in state._tensors(state.optimizer.master, saving).items() if isinstance(shard, Shards)}
 
 
 @cache
