@@ -1,6 +1,7 @@
 # make demo   prepares a small corpus, trains on it, shows the result: about five minutes on two cores
 # make test   lint, format and type checks, then every test but the slow ones
 # make test-all   those too
+# make kernels-report   what the compiler makes of every GPU kernel: registers, spills, memory accesses
 # All make the environment in .venv first, and reuse it the next time.
 
 VENV := .venv
@@ -12,7 +13,7 @@ PYTHON := $(shell for p in python3 python3.12 python3.11; do \
 RUN := runs/demo
 TOKENIZER := --tokenizer configs/demo/tokenizer.model
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all kernels-report lint types clean
 
 $(READY): requirements.lock setup.py pyproject.toml $(wildcard csrc/*/*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
@@ -37,6 +38,9 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+kernels-report: $(READY)
+	TRITON_CACHE_DIR=build/triton $(BIN)/python -m benchmarks.kernels_aot
 
 demo: $(READY)
 	rm -rf $(RUN) $(RUN)-data

@@ -26,6 +26,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 """cuobjdump and nvdisasm come with Triton."""
 
 
+SIZES = ("TOKENS", "HEADS", "ROWS", "COLUMNS", "BLOCK", "BLOCK_M", "BLOCK_N")
+"""Arguments of kernels that say what a program takes."""
+
+
 class OfflineDriver:
     """In the place of CUDA's driver: says for which GPU to compile."""
 
@@ -64,6 +68,8 @@ class Compiled:
     stores: dict[int, int]
     products: str
     """The matrix instruction: HGMMA (wgmma), HMMA, or nothing."""
+    bulk: int
+    """Instructions that have the copy engine read a block (TMA)."""
 
 
 @contextmanager
@@ -92,9 +98,8 @@ def offline(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
 
 
 def _config(options: dict[str, Any]) -> str:
-    shown = {key: value for key, value in options.items() if key.startswith("BLOCK_") and key != "BLOCK_D"}
-    sizes = "x".join(str(value) for value in shown.values())
-    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}".strip()
+    sizes = "x".join(str(options[key]) for key in SIZES if key in options)
+    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('STAGES', options.get('num_stages', 3))}".strip()
 
 
 def examine(name: str, config: str, kernel: Any, arch: int) -> Compiled:
@@ -109,9 +114,9 @@ def examine(name: str, config: str, kernel: Any, arch: int) -> Compiled:
     spills = stack or 4 * local
     matrix = next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)), "")
     loads = _widths(r"\b(?:LDG|LDGSTS)\b([.\w]*)", code)
-    return Compiled(
-        name, arch, config, registers, spills, kernel.metadata.shared, loads, _widths(r"\bSTG\b([.\w]*)", code), matrix
-    )
+    stores = _widths(r"\bSTG\b([.\w]*)", code)
+    bulk = len(re.findall(r"\bUTMALDG\b", code))
+    return Compiled(name, arch, config, registers, spills, kernel.metadata.shared, loads, stores, matrix, bulk)
 
 
 def _widths(pattern: str, code: str) -> dict[int, int]:

@@ -229,29 +229,44 @@ def gradient_kernel(
 def fused(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, objective: Objective, gradient: bool) -> Loss:
     """`reference` in one kernel, or over shards in one before and one after the exchange of statistics."""
     rows, columns = logits.shape
-    width = vocabulary.width(columns)
-    block = min(BLOCK, next_power_of_2(columns))
     smoothing, z_loss = objective
-    even, options = smoothing / vocabulary.size, {"BLOCK": block, "num_warps": max(block // 1024, 4)}
     if vocabulary.group is None:
         loss = Loss(*(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2)))
-        loss_kernel[(rows,)](
-            *(logits, labels, *loss, width, columns, vocabulary.start, z_loss, smoothing, even),
-            SUM=smoothing > 0,
-            GRADIENT=gradient,
-            **options,
-        )
+        numbers = vocabulary.width(columns), columns, vocabulary.start, z_loss, smoothing, smoothing / vocabulary.size
+        loss_kernel[(rows,)](logits, labels, *loss, *numbers, SUM=smoothing > 0, GRADIENT=gradient, **_options(columns))
         return loss
-    statistics = _empty_statistics(logits, objective)
-    statistics_kernel[(rows,)](
-        logits, labels, statistics, rows, width, columns, vocabulary.start, SUM=smoothing > 0, **options
-    )
+    statistics = shard_statistics(logits, labels, vocabulary, objective)
     log_sum, loss = _losses(_merge(statistics, vocabulary.group), labels, vocabulary.size, objective)
     if gradient:
-        gradient_kernel[(rows, -(-columns // block))](
-            logits, labels, log_sum, width, columns, vocabulary.start, z_loss, smoothing, even, **options
-        )
+        shard_gradient(logits, labels, log_sum, vocabulary, objective)
     return loss
+
+
+def shard_statistics(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, objective: Objective) -> Tensor:
+    """Of every row of a shard: maximum, sum of exponentials above it, logit of the label and, smoothed, the sum."""
+    rows, columns = logits.shape
+    statistics = _empty_statistics(logits, objective)
+    width, smoothed = vocabulary.width(columns), objective.label_smoothing > 0
+    statistics_kernel[(rows,)](
+        logits, labels, statistics, rows, width, columns, vocabulary.start, SUM=smoothed, **_options(columns)
+    )
+    return statistics
+
+
+def shard_gradient(
+    logits: Tensor, labels: Tensor, log_sum: Tensor, vocabulary: Vocabulary, objective: Objective
+) -> None:
+    """Overwrites a shard's logits by their gradient; log_sum `[T]`: of the whole rows' softmax."""
+    rows, columns = logits.shape
+    smoothing, z_loss = objective
+    numbers = vocabulary.width(columns), columns, vocabulary.start, z_loss, smoothing, smoothing / vocabulary.size
+    options = _options(columns)
+    gradient_kernel[(rows, -(-columns // options["BLOCK"]))](logits, labels, log_sum, *numbers, **options)
+
+
+def _options(columns: int) -> dict[str, int]:
+    block = min(BLOCK, next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(block // 1024, 4)}
 
 
 BACKENDS = (Backend("triton", fused, needs_triton), Backend("reference", reference))

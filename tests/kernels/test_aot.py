@@ -1,0 +1,67 @@
+"""Every kernel compiled for GPUs that are not there, and compared with what was committed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot import Compiled
+from benchmarks.kernels_aot import ARCHS, faults, read_baseline, regressions
+
+ROOT = Path(__file__).parents[2]
+ROW = Compiled("norm.forward_kernel", 90, "4096 w8 s3", 32, 0, 32, {32: 1, 128: 6}, {128: 4}, "", 0)
+
+
+def test_no_kernel_is_worse_than_in_the_baseline(tmp_path: Path) -> None:
+    """In processes of their own, at once: the compiler takes a core for half a minute for each GPU."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
+    command = [sys.executable, "-m", "benchmarks.kernels_aot", "--arch"]
+    logs = [tmp_path / f"{arch}.txt" for arch in ARCHS]
+    running = []
+    for arch, log in zip(ARCHS, logs, strict=True):
+        with log.open("w") as file:
+            process = subprocess.Popen([*command, str(arch)], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            running.append(process)
+    codes = [process.wait(timeout=170) for process in running]
+    for log in logs:
+        print(log.read_text())
+    assert codes == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"registers": 41}, "41 registers, 32 before"),
+        ({"shared": 64}, "64 bytes of shared memory, 32 before"),
+        ({"loads": {32: 2, 128: 5}}, "2 accesses narrower than 16 bytes, 1 before"),
+        ({"stores": {64: 1, 128: 3}}, "2 accesses narrower than 16 bytes, 1 before"),
+        ({"products": "HMMA"}, "products by HMMA, nothing before"),
+    ],
+)
+def test_what_is_worse_is_named(change: dict[str, object], line: str) -> None:
+    found = regressions({"norm": replace(ROW, **change)}, {"norm": asdict(ROW)})  # type: ignore[arg-type]
+    assert found == [f"norm: {line}"]
+
+
+def test_what_is_better_or_nearly_equal_passes() -> None:
+    assert regressions({"norm": replace(ROW, registers=40, loads={128: 6})}, {"norm": asdict(ROW)}) == []
+
+
+def test_kernels_that_come_and_go_are_named() -> None:
+    assert regressions({"new": ROW}, {"old": asdict(ROW)}) == ["old: is no longer launched", "new: is new"]
+
+
+def test_faults_that_no_baseline_excuses() -> None:
+    assert faults({"norm": ROW}) == []
+    assert faults({"norm": replace(ROW, spills=8)}) == ["norm: 8 bytes of spills"]
+    assert faults({"norm": replace(ROW, loads={32: 6})}) == ["norm: nothing is read 16 bytes at a time"]
+    assert faults({"attention, 128": ROW}) == ["attention, 128: no matrix instruction"]
+
+
+def test_the_baseline_has_both_gpus() -> None:
+    assert {row["arch"] for row in read_baseline().values()} == set(ARCHS)
