@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/parallelism.md beside this file: `python docs/pictures/draw.py`."""
+"""Draws the pictures of the pages in docs/ beside this file: `python docs/pictures/draw.py`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from megaflow.config import ModelConfig
+from megaflow.kernels.attention import Segments
 from megaflow.model.memory import activation_bytes
 from megaflow.parallel.schedule import make_schedule
 from megaflow.parallel.simulator import simulate
@@ -148,7 +150,35 @@ def recompute(axis: Axes) -> None:
         axis.text(-20, y + 0.3, kind, ha="right", va="center", fontsize=9)
         label = f"keeps {kept:,.0f} MiB, needs {working:,.0f} more in its backward pass"
         axis.text(kept + working + 20, y + 0.3, label, va="center", fontsize=8.5)
-    axis.set(xlim=(-200, 2600), ylim=(-0.2, 2.9))
+    axis.set(xlim=(-120, 1500), ylim=(-0.2, 2.9))
+
+
+def attention(axis: Axes) -> None:
+    """Blocks of 64 queries and keys of packed documents: left out, computed, or computed with a mask."""
+    lengths, block = [512, 192, 40, 24, 300, 80, 388], 64
+    total = sum(lengths)
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    begin, end = Segments.documents(edges, max(lengths), total).seen.tolist()
+    computed = 0
+    for row in range(total // block):
+        first, last = row * block, row * block + block - 1
+        for column in range(total // block):
+            left, right = column * block, column * block + block
+            if right <= begin[first] or left >= end[last]:
+                continue
+            computed += 1
+            whole = begin[last] <= left and right <= end[first]
+            axis.add_patch(Rectangle((left, first), block, block, facecolor=COLOURS[0 if whole else 1], edgecolor="w"))
+    for start, length in zip(edges.tolist(), lengths, strict=False):
+        axis.add_patch(Rectangle((start, start), length, length, fill=False, edgecolor=INK, linewidth=1.2))
+    every = (total // block) * (total // block + 1) // 2
+    axis.text(
+        800, 190, "blue: computed without a mask\norange: with one\nwhite: never looked at", fontsize=9, color=INK
+    )
+    axis.text(800, 300, f"{computed} of the {every} blocks below\nthe diagonal are computed", fontsize=9, color=INK)
+    axis.text(total / 2, -50, "keys: seven documents in one sequence", ha="center", fontsize=9)
+    axis.text(-40, total / 2, "queries", rotation=90, va="center", ha="right", fontsize=9)
+    axis.set(xlim=(-120, total + 20), ylim=(total + 20, -110), aspect="equal")
 
 
 def save(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> None:
@@ -166,6 +196,7 @@ def main() -> None:
     save("zero.png", zero, (10, 3.8))
     save("reshard.png", reshard, (9.5, 3))
     save("recompute.png", recompute, (9.5, 2))
+    save("attention.png", attention, (6, 6))
     for name in ("1f1b", "interleaved", "zb_h1", "zb_v"):
         draw_schedule(simulate(make_schedule(name, 4, 8)), HERE / f"{name}.png")
 

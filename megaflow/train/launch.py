@@ -18,8 +18,8 @@ import megaflow
 import megaflow.kernels
 from megaflow.data import native
 from megaflow.errors import UserError
-from megaflow.train.operations import chosen_backends
 from megaflow.train.agreement import name_ranks
+from megaflow.train.operations import chosen_backends
 from megaflow.train.run import Run
 
 Facts = dict[str, dict[str, str]]

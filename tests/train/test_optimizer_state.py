@@ -18,8 +18,8 @@ from megaflow.optim.adamw import AdamW
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.parameters import FlatParameters
 from megaflow.train.run import plan_run
-from tests.train.runs import MakeConfig, assert_bitwise_equal, killed, losses, run, weights
 from tests.tiny import tiny_model
+from tests.train.runs import MakeConfig, assert_bitwise_equal, killed, losses, run, weights
 
 BF16: dict[str, Any] = {"train__precision": "bf16"}
 SMALL = BF16 | {"optim__gradients": "bf16", "optim__master": "remainder", "optim__moments": "bf16"}
