@@ -33,11 +33,12 @@ class _Reduction(NamedTuple):
 class GradientBuffer:
     """Sums of the gradients of all micro-batches, then of all ranks, in the layout of `FlatParameters`.
 
-    Parameters of the sums' dtype accumulate into it as their `.grad`; gradients of others are added and dropped as they
-    come, and so are those that the model's linear layers have put off. A bucket whose parameters have all had their last
-    gradient of the step (`final`) is reduced over the ranks that see other tokens while the backward pass goes on:
-    reduce-scattered where the optimizer state is sharded (Rajbhandari et al., arXiv 1910.02054), all-reduced where it
-    is not. Ranks that hold the same weights run the same passes, so they start these collectives in the same order.
+    Parameters of the sums' dtype accumulate into it as their `.grad`; gradients of others are added and dropped as
+    they come, and so are those that the model's linear layers have put off. A bucket whose parameters have all had
+    their last gradient of the step (`final`) is reduced over the ranks that see other tokens while the backward pass
+    goes on: reduce-scattered where the optimizer state is sharded (Rajbhandari et al., arXiv 1910.02054), all-reduced
+    where it is not. Ranks that hold the same weights run the same passes, so they start these collectives in the same
+    order.
     """
 
     def __init__(

@@ -115,11 +115,13 @@ def check(state: TrainState, fill: bool = False) -> None:
 
 def save(state: TrainState, folder: Path, step: int = 1) -> None:
     check(state, fill=True)
-    CheckpointStore(folder, state.parameters.ctx).save(step, state._tensors(state.optimizer.master, saving=True), {})
+    tensors = state._tensors(state.optimizer.master, saving=True)
+    CheckpointStore(folder, state.parameters.ctx).save(step, tensors, {})
 
 
 def load(state: TrainState, folder: Path) -> None:
-    assert CheckpointStore(folder, state.parameters.ctx).load(state._tensors(state.optimizer.master, saving=False)) is not None
+    tensors = state._tensors(state.optimizer.master, saving=False)
+    assert CheckpointStore(folder, state.parameters.ctx).load(tensors) is not None
     check(state)
     state.optimizer.copy_master_to_params()
     state.parameters.wait()

@@ -39,7 +39,8 @@ def undisturbed() -> Curve:
 def tensors(trainer: Trainer, saving: bool) -> dict[str, Shards]:
     """Master weights and moments that this rank saves or loads."""
     state = TrainState(None, trainer.placement, trainer.parameters, trainer.optimizer, None)  # type: ignore[arg-type]
-    return {name: shard for name, shard in state._tensors(state.optimizer.master, saving).items() if isinstance(shard, Shards)}
+    tensors = state._tensors(state.optimizer.master, saving)
+    return {name: shard for name, shard in tensors.items() if isinstance(shard, Shards)}
 
 
 @cache
