@@ -13,7 +13,10 @@ from megaflow.kernels.attention.hopper_forward import hopper_forward
 from megaflow.kernels.attention.hopper_gluon import DTYPES, HEAD_DIMS, gluon, suits
 from megaflow.kernels.attention.segments import Segments, unpack
 from megaflow.kernels.backend import Situation
-from megaflow.kernels.jit import needs_triton
+from megaflow.kernels.jit import needs_triton, triton
+
+GLUON = [["3", "6"], ["3", "7"], ["3", "8"]]
+"""Versions of Triton that the kernels were compiled with; Gluon is experimental, and 3.9 has other names in it."""
 
 
 class _Hopper(torch.autograd.Function):
@@ -51,8 +54,8 @@ def hopper_missing(situation: Situation) -> str | None:
     """What these kernels lack in a situation; for `Backend.missing`."""
     if missing := needs_triton(situation):
         return missing
-    if gluon is None:
-        return "needs a Triton with Gluon"
+    if gluon is None or triton.__version__.split(".")[:2] not in GLUON:
+        return "needs Triton 3.6, 3.7 or 3.8, whose Gluon they are written in"
     if torch.cuda.get_device_capability(situation.device) != (9, 0):
         return "needs compute capability 9.0 exactly"
     if situation.dtype not in DTYPES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +24,16 @@ from megaflow.kernels.dispatch import OPERATIONS, Ops
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 numpy_dtype = interpreter._get_np_dtype
+
+
+class Interpreted(interpreter.InterpretedFunction):
+    """A kernel, or a function that kernels call: for those the language is exchanged already.
+
+    As it comes each call of them exchanges it again, for good, and nothing can be compiled any more.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
 
 
 def numpy_dtype_with_bf16(dtype: Any) -> np.dtype[Any]:
@@ -44,18 +54,19 @@ def kernel_modules() -> list[Any]:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Launches of Triton kernels are interpreted inside."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(interpreter, "_get_np_dtype", numpy_dtype_with_bf16)
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", cast)
         for module in kernel_modules():
             for name, value in list(vars(module).items()):
                 if type(value) is JITFunction:  # not its subclass of Gluon, which the interpreter does not know
-                    patch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
+                    patch.setattr(module, name, Interpreted(value.fn))
+        stack.callback(interpreter._patch_lang(tl.standard.sum.fn).restore)  # what Triton's own library calls
         yield
 
 
 def triton_ops() -> Ops:
-    """The model's operations on the project's kernels, wherever they run."""
+    """The model's operations on the project's Triton kernels, wherever they run, and the optimizer's in plain torch."""
     named = {name: {backend.name: backend.function for backend in found} for name, found in OPERATIONS.items()}
-    return Ops(**{name: backends["triton"] for name, backends in named.items()})
+    return Ops(**{name: backends.get("triton", backends["reference"]) for name, backends in named.items()})

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.aot import Compiled
+from benchmarks.aot import Compiled, compile_all
 from benchmarks.kernels_aot import ARCHS, faults, read_baseline, regressions
+from tests.kernels.interpreter import interpreted, triton_ops
 
 ROOT = Path(__file__).parents[2]
 ROW = Compiled("norm.forward_kernel", 90, "4096 w8 s3", 32, 0, 32, {32: 1, 128: 6}, {128: 4}, "", 0)
@@ -61,6 +64,18 @@ def test_faults_that_no_baseline_excuses() -> None:
     assert faults({"norm": replace(ROW, spills=8)}) == ["norm: 8 bytes of spills"]
     assert faults({"norm": replace(ROW, loads={32: 6})}) == ["norm: nothing is read 16 bytes at a time"]
     assert faults({"attention, 128": ROW}) == ["attention, 128: no matrix instruction"]
+
+
+def test_what_was_interpreted_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter puts back what it exchanges: on a GPU, interpreted tests and others share a process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, weight = torch.randn(3, 64), torch.ones(64)
+    with interpreted():
+        triton_ops().rms_norm(x, x, weight, 1e-5)
+    ((_, row),) = compile_all(
+        {"norm": partial(triton_ops().rms_norm, *(x.to("meta"),) * 2, weight.to("meta"), 1e-5)}, 90
+    )
+    assert (row.kernel, row.spills) == ("norm.forward_kernel", 0)
 
 
 def test_the_baseline_has_both_gpus() -> None:

@@ -144,6 +144,9 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(head_dim=96) == "needs heads of 64 or 128 channels"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert missing() == "needs compute capability 9.0 exactly"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(jit.triton, "__version__", "3.9.0")
+    assert missing() == "needs Triton 3.6, 3.7 or 3.8, whose Gluon they are written in"
     monkeypatch.setattr(jit, "triton", None)
     assert missing() == "needs Triton"
 
