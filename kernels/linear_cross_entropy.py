@@ -9,7 +9,7 @@ the blocks in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,24 @@ class TotalLoss(NamedTuple):
     objective: Tensor
     """Sum over the tokens, an fp32 scalar."""
     losses: Tensor
-    """Cross-entropy of every token, fp32 `[T]`, without gradient; 0 where the label is -100."""
+    """Cross-entropy of every token, fp32 `[...]`, without gradient; 0 where the label is -100."""
+
+
+class Pending(Protocol):
+    """A result under way."""
+
+    def wait(self) -> Tensor:
+        """The result."""
+
+
+class Region(Protocol):
+    """What must happen to x where other ranks have other columns of the vocabulary."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What is multiplied: all tokens, where ranks have parts of them."""
+
+    def leave(self, grad: Tensor) -> Pending:
+        """Starts the sum over the ranks of its gradient, in the shape of x."""
 
 
 class Parts(NamedTuple):
@@ -51,37 +68,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary: Vocabulary,
         objective: Objective,
         take: Callable[[Tensor], Tensor | None] | None,
+        region: Region | None,
         parts: Parts,
         enabled: bool,
     ) -> Any:
+        whole = x if region is None else region.enter(x)
+        rows, targets = whole.flatten(0, -2), labels.flatten()
         needs_x, needs_weight = (enabled and needed for needed in ctx.needs_input_grad[:2])
-        grad_x = torch.empty_like(x) if needs_x else None
+        grad_x = torch.empty_like(rows) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        ctx.pending, ctx.grad_x, ctx.grad_weight = None, None, grad_weight
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        losses = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         size = block_size(len(weight), x.element_size(), x.device.type)
-        memory = x.new_empty(min(size, len(x)), len(weight))
-        for start in range(0, len(x), size):
-            rows = slice(start, min(start + size, len(x)))
-            logits = torch.mm(x[rows], weight.T, out=memory[: rows.stop - start])
-            loss = parts.cross_entropy(logits, labels[rows], vocabulary, objective, needs_x or needs_weight)
-            losses[rows] = loss.loss
+        memory = x.new_empty(min(size, len(rows)), len(weight))
+        for start in range(0, len(rows), size):
+            block = slice(start, min(start + size, len(rows)))
+            logits = torch.mm(rows[block], weight.T, out=memory[: block.stop - start])
+            loss = parts.cross_entropy(logits, targets[block], vocabulary, objective, needs_x or needs_weight)
+            losses[block] = loss.loss
             total += loss.objective.sum()
             if grad_x is not None:
-                torch.mm(logits, weight, out=grad_x[rows])
+                torch.mm(logits, weight, out=grad_x[block])
+                if block.stop == len(rows):  # its sum over ranks is under the last product
+                    ctx.grad_x = grad_x.view(whole.shape)
+                    ctx.pending = None if region is None else region.leave(ctx.grad_x)
             if grad_weight is not None:
-                _add_product(grad_weight, logits.T, x[rows])
-        ctx.grads, ctx.take, ctx.scale = (grad_x, grad_weight), take, parts.scale
+                _add_product(grad_weight, logits.T, rows[block])
+        ctx.take, ctx.scale = take, parts.scale
+        losses = losses.view(labels.shape)
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x, grad_weight = (None if grad is None else ctx.scale(grad, grads[0]) for grad in ctx.grads)
-        ctx.grads = (None, None)
+        grad_x = ctx.grad_x if ctx.pending is None else ctx.pending.wait()
+        grad_x, grad_weight = (
+            None if grad is None else ctx.scale(grad, grads[0]) for grad in (grad_x, ctx.grad_weight)
+        )
+        ctx.pending = ctx.grad_x = ctx.grad_weight = None
         if grad_weight is not None and ctx.take is not None:
             grad_weight = ctx.take(grad_weight)
-        return grad_x, grad_weight, None, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -104,15 +132,16 @@ def reference(
     vocabulary: Vocabulary,
     objective: Objective,
     take: Callable[[Tensor], Tensor | None] | None = None,
+    region: Region | None = None,
 ) -> TotalLoss:
-    """Losses of x `[T, H]` times weight `[V_local, H]` for labels `[T]`, integer ids of the whole vocabulary.
+    """Losses of x `[..., H]` times weight `[V_local, H]` for labels `[...]`, integer ids of the whole vocabulary.
 
-    The gradient of x is this shard's part of it: over shards its sum is the gradient. take: gets the fp32 gradient of
-    the weight in the backward pass and returns what autograd shall have of it; without it autograd gets all.
+    take: gets the fp32 gradient of the weight in the backward pass and returns what autograd shall have of it; without
+    it autograd gets all. region: for shards of a vocabulary; labels are those of the tokens that it enters with.
     A second backward pass through the same graph is not possible.
     """
     parts = Parts(cross_entropy.reference, torch.Tensor.mul_)
-    return _apply(parts, x, weight, labels, vocabulary, objective, take)
+    return _apply(parts, x, weight, labels, vocabulary, objective, take, region)
 
 
 @jit
@@ -138,9 +167,10 @@ def fused(
     vocabulary: Vocabulary,
     objective: Objective,
     take: Callable[[Tensor], Tensor | None] | None = None,
+    region: Region | None = None,
 ) -> TotalLoss:
     """`reference` with the kernels of `cross_entropy`."""
-    return _apply(Parts(cross_entropy.fused, scale), x, weight, labels, vocabulary, objective, take)
+    return _apply(Parts(cross_entropy.fused, scale), x, weight, labels, vocabulary, objective, take, region)
 
 
 BACKENDS = (Backend("triton", fused, needs_triton), Backend("reference", reference))

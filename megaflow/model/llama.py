@@ -33,7 +33,7 @@ from megaflow.parallel.layers import (
     vocabulary_rows,
 )
 from megaflow.parallel.mesh import ParallelContext
-from megaflow.parallel.regions import enter_tensor_region, gather_last_dimension
+from megaflow.parallel.regions import TensorRegion, gather_last_dimension
 
 if TYPE_CHECKING:
     from megaflow.data.loader import Batch
@@ -207,10 +207,10 @@ class Head(nn.Module):
         """Logits `[S, B, V_local]` of the normalised `[S, B, H]` or, for labels `[S, B]`, a `TotalLoss`."""
         if labels is None:
             return column_parallel_linear(x, self.weight, self.ctx, self.deferred)
-        whole = enter_tensor_region(x, self.ctx).flatten(0, 1)
-        vocabulary = Vocabulary(self.vocab_start, self.vocab_size, self.ctx.tp_group if self.ctx.tp > 1 else None)
+        group, region = (self.ctx.tp_group, TensorRegion(self.ctx)) if self.ctx.tp > 1 else (None, None)
+        vocabulary = Vocabulary(self.vocab_start, self.vocab_size, group)
         take = partial(self.deferred.computed_gradient, self.weight)
-        return self.linear_cross_entropy(whole, self.weight, labels.flatten(), vocabulary, objective, take)
+        return self.linear_cross_entropy(x, self.weight, labels, vocabulary, objective, take, region)
 
 
 class Llama(nn.Module):
@@ -280,7 +280,7 @@ class Llama(nn.Module):
         x: the last chunk's output.
         """
         total = self.head(x, labels.T, self.objective)
-        return TotalLoss(total.objective, total.losses.view(labels.T.shape).T)
+        return TotalLoss(total.objective, total.losses.T)
 
     def loss(self, batch: Batch) -> TotalLoss:
         """Those of a micro-batch; for whole models."""

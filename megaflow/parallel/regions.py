@@ -94,24 +94,20 @@ def leave_tensor_region(x: Tensor, parallel: ParallelContext) -> Tensor:
     return region.apply(x, parallel)
 
 
-class _EnterTensorRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: ParallelContext) -> Tensor:
-        ctx.parallel = parallel
-        return all_gather_sequence(x, parallel).wait() if parallel.sequence_parallel else x.view_as(x)
+class TensorRegion:
+    """What a cut computation that is a function of its own does at its beginning and its end; see `enter`."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        reduce = reduce_scatter_sequence if ctx.parallel.sequence_parallel else all_reduce
-        return reduce(grads[0].contiguous(), ctx.parallel).wait(), None
+    def __init__(self, parallel: ParallelContext) -> None:
+        self.parallel = parallel
 
+    def enter(self, x: Tensor) -> Tensor:
+        """x `[S, B, H]` itself or, under sequence parallelism, the ranks' parts put together."""
+        return all_gather_sequence(x, self.parallel).wait() if self.parallel.sequence_parallel else x
 
-def enter_tensor_region(x: Tensor, parallel: ParallelContext) -> Tensor:
-    """What cut computations take, `[S, B, H]`: x itself or, under sequence parallelism, the ranks' parts put together.
-
-    Backward, the ranks' gradients are summed, without sequence parallelism in place; each rank keeps its part of S.
-    """
-    return x if parallel.tp == 1 else _EnterTensorRegion.apply(x, parallel)
+    def leave(self, grad: Tensor) -> Pending:
+        """Start summing the ranks' gradients of what was entered, which is overwritten; each keeps its part of S."""
+        reduce = reduce_scatter_sequence if self.parallel.sequence_parallel else all_reduce
+        return reduce(grad, self.parallel)
 
 
 def gather_last_dimension(x: Tensor, parallel: ParallelContext) -> Tensor:

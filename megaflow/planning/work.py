@@ -195,9 +195,10 @@ class Workload:
         norm = self.cluster.touch(self.job.element * 2 * self.residual)
         if self.practice.fused_loss:
             loss = Work(memory=self.cluster.touch(FUSED_LOSS_BYTES * logits) + norm)
-            reduced = Work(memory=2 * norm, tensor=self._collective() * (1 if self.layout.sequence_parallel else 2))
-            products = forward + Work(2 * forward.matmul, memory=backward_weight.memory) + loss
-            return Passes(products, reduced, NOTHING)
+            reduced = self._collective() * (1 if self.layout.sequence_parallel else 2)
+            exposed = max(0.0, reduced - forward.matmul)  # it runs under the product of the weight's gradient
+            products = forward + Work(2 * forward.matmul, memory=backward_weight.memory, tensor=exposed) + loss
+            return Passes(products, Work(memory=2 * norm), NOTHING)
         return Passes(
             forward + Work(memory=self.cluster.touch(LOSS_BYTES[0] * logits) + norm),
             backward_input + Work(memory=self.cluster.touch(LOSS_BYTES[1] * logits) + 2 * norm),

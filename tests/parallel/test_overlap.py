@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megaflow.config import ModelConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
+from megaflow.kernels import blocks
 from megaflow.kernels.dispatch import select_ops
 from megaflow.model.init import initialise
 from megaflow.model.llama import Llama
@@ -29,7 +30,12 @@ from megaflow.parallel.mesh import ParallelContext
 from tests.distributed import run_ranks
 from tests.tiny import make_batch, tiny_config, tiny_model
 
-NAMES = {"aten.mm.default": "product", "aten.silu.default": "silu"}
+NAMES = {
+    "aten.mm.default": "product",
+    "aten.silu.default": "silu",
+    "aten.mm.out": "product of the loss",
+    "aten.addmm.out": "product of the loss",
+}
 
 
 class Events(TorchDispatchMode):
@@ -149,6 +155,21 @@ def test_activations_are_made_again_under_the_gather_of_a_gradient(events: Event
     assert events.log[silu + 1] == "wait all_gather"
 
 
+@pytest.mark.parametrize(("sequence_parallel", "reduce"), [(False, "all_reduce"), (True, "reduce_scatter")])
+def test_the_gradient_of_the_loss_is_summed_under_a_product(
+    sequence_parallel: bool, reduce: str, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one of the last block of tokens; it is waited for in the backward pass."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", {"cpu": 1, "cuda": 1})
+    model = tiny_model(tiny_config(num_layers=1), context(sequence_parallel))
+    objective = model.loss(make_batch([[256]], torch.Generator().manual_seed(0))).objective
+    block = ["product of the loss", "start losses", "product of the loss"]
+    assert events.log[-9:] == [*block, "product of the loss", *block, f"start {reduce}", "product of the loss"]
+    events.log.clear()
+    objective.backward()
+    assert events.log[0] == f"wait {reduce}"
+
+
 FEWEST: dict[tuple[bool, str], tuple[dict[str, int], dict[str, int]]] = {
     (False, "none"): ({"all_reduce": 2}, {"all_reduce": 2}),
     (False, "selective"): ({"all_reduce": 2}, {"all_reduce": 2}),
@@ -162,10 +183,10 @@ FEWEST: dict[tuple[bool, str], tuple[dict[str, int], dict[str, int]]] = {
 """Sequence parallelism and recomputation: the collectives of a layer and micro-batch, forward and backward (Shoeybi et
 al., arXiv 1909.08053; Korthikanti et al., arXiv 2205.05198)."""
 ENDS = {
-    False: ({"all_reduce": 1, "losses": 1}, {"all_reduce": 1}),
-    True: ({"reduce_scatter": 1, "all_gather": 1, "losses": 1}, {"all_gather": 1, "reduce_scatter": 1}),
+    False: ({"all_reduce": 2, "losses": 1}, {}),
+    True: ({"reduce_scatter": 2, "all_gather": 1, "losses": 1}, {"all_gather": 1}),
 }
-"""Those of embedding, head and losses."""
+"""Those of embedding, head and losses; the head's gradients are computed in its forward pass."""
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -69,10 +69,6 @@ def scatter_rule(*, x: Tensor, parallel: ParallelContext) -> Any:
     return summed(x, parallel)
 
 
-def enter_rule(*, x: Tensor, parallel: ParallelContext) -> Any:
-    return whole(x, parallel)
-
-
 def norm_rule(*, x: Tensor, delta: Tensor | None, weight: Tensor) -> Any:
     if delta is None:
         return rules.einsum("sbh,h->sbh", x, weight)
@@ -88,13 +84,12 @@ def swiglu_rule(*, gate_up: Tensor) -> Any:
     return rules.einsum("sbf->sbf", gate_up)
 
 
-def loss_rule(*, x: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Any:
+def loss_rule(*, x: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary, region: Any) -> Any:
     rules.ignore(labels)
-    logits, group = rules.einsum("th,vh->tv", x, weight), vocabulary.group
-    losses = rules.all_reduce(
-        rules.reinterpret(rules.einsum("tv->t", logits), group, src=V, dst=P), group, src=P, dst=I
-    )
-    return rules.einsum("t->", losses), losses
+    entered, group = whole(x, region.parallel) if region else x, vocabulary.group
+    partial = rules.einsum("sbv->sb", rules.einsum("sbh,vh->sbv", entered, weight))
+    losses = rules.all_reduce(rules.reinterpret(partial, group, src=V, dst=P), group, src=P, dst=I)
+    return rules.einsum("sb->", losses), losses
 
 
 RULES: dict[type, Callable[..., Any]] = {
@@ -103,7 +98,6 @@ RULES: dict[type, Callable[..., Any]] = {
     layers._Linear: linear_rule,
     regions._ReduceFromTensorRegion: in_place_rule,
     regions._ReduceScatterToSequenceRegion: scatter_rule,
-    regions._EnterTensorRegion: enter_rule,
     norm._RMSNorm: norm_rule,
     rotary._Rotary: rotary_rule,
     swiglu._SwiGLU: swiglu_rule,
@@ -187,7 +181,7 @@ FORGOTTEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "column_parallel_linear",
         without_backward_reduction,
     ),
-    "sum of input gradients before the loss": (llama, "enter_tensor_region", lambda x, parallel: x),
+    "sum of input gradients before the loss": (llama, "TensorRegion", lambda parallel: None),
 }
 
 
