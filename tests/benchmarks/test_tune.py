@@ -1,0 +1,144 @@
+"""The tuner without a GPU: what it enumerates and drops, and that it writes its table as it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from benchmarks import tune
+from benchmarks.tune import format_table, groups, read_ranking, score, write_winner
+from benchmarks.tune_candidates import CHOICES, Outcome, candidates, current, is_kernel
+from benchmarks.tune_timing import Group, Job, time_group
+from benchmarks.worker import JobDied
+from megaflow.kernels.attention import flash_backward, flash_forward
+from megaflow.kernels.tuned import TABLE, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_candidates_vary_what_the_configuration_has() -> None:
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    found = candidates(config)
+    assert found[0] == config
+    assert len(found) == len({json.dumps(x) for x in found}) == 3 * 3 * 2 * 4
+    special = {"BLOCK_M": 128, "STAGES": 2, "COMPUTE_REGISTERS": 240, "other": 1, "num_warps": 4}
+    for x in candidates(special):
+        assert (x["num_warps"], x["COMPUTE_REGISTERS"], x["other"]) == (4, 240, 1)
+    assert len(candidates(special)) == len(CHOICES["BLOCK_M"]) * len(CHOICES["STAGES"])
+
+
+def test_every_kernel_of_the_table_is_tuned_for_its_head_sizes() -> None:
+    found = groups(None, None, 90)
+    assert set(found) == {Group(name, dim) for name in table() for dim in (64, 128, 256) if current(name, dim, 90)}
+    assert {group.kernel for group in found} == set(table())
+    with pytest.raises(typer.BadParameter, match="'flash' is not in the table"):
+        groups(["flash"], None, 90)
+
+
+def test_kernels_are_told_from_each_other() -> None:
+    assert is_kernel(flash_forward.forward_kernel.fn, "flash_forward")
+    assert not is_kernel(flash_forward.forward_kernel.fn, "hopper_forward")
+    assert is_kernel(flash_backward.keys_kernel.fn, "flash_backward_keys")
+    assert not is_kernel(flash_backward.keys_kernel.fn, "flash_backward_queries")
+    assert not is_kernel(flash_backward.delta_kernel.fn, "flash_backward_keys")
+
+
+DRY_RUN = """
+from pathlib import Path
+from benchmarks import tune, tune_candidates
+tune_candidates.CHOICES = {"BLOCK_M": (64, 128), "num_warps": (4,), "num_stages": (2, 4)}
+tune.main(["flash_forward"], [256], True, 90, None, 60, 2, Path(%r), Path("/dev/null"))
+"""
+
+
+def test_a_dry_run_ranks_what_neither_spills_nor_needs_too_much_memory(tmp_path: Path) -> None:
+    # a process in which nothing has been interpreted: that changes the language
+    command = [sys.executable, "-c", DRY_RUN % str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("tune-ranked-*.json")
+    outcomes = [Outcome(**x) for x in json.loads(path.read_text())["groups"]["flash_forward/256"]["compiled"]]
+    assert outcomes[0].config == current("flash_forward", 256, 90)
+    assert outcomes[0].dropped is None
+    dropped = {x.dropped.split()[0] for x in outcomes if x.dropped}
+    assert "spills" in dropped
+    assert all((x.spills > 0) == (x.dropped or "").startswith("spills") for x in outcomes)
+    assert all(0 < x.registers <= 255 and x.shared > 0 for x in outcomes)
+    assert "<- present" in done.stdout
+    ranking = read_ranking(path, [Group("flash_forward", 256), Group("flash_forward", 64)], 90)
+    assert ranking == {Group("flash_forward", 256): outcomes}
+    with pytest.raises(typer.BadParameter, match="made for compute capability 90, this is 80"):
+        read_ranking(path, [Group("flash_forward", 256)], 80)
+
+
+def test_the_table_is_written_as_it_was() -> None:
+    assert format_table(json.loads(TABLE.read_text())) == TABLE.read_text()
+
+
+def test_a_winner_changes_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(TABLE.read_text())
+    write_winner(path, Group("flash_forward", 128), 90, {"BLOCK_M": 256, "num_warps": 8})
+    before, after = TABLE.read_text().splitlines(), path.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    ((_, new),) = changed
+    assert new == '   "128": {"BLOCK_M": 256, "num_warps": 8},'
+    assert [x.name for x in tmp_path.iterdir()] == ["tuned.json"]
+
+
+def test_a_new_gpu_gets_an_entry_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(TABLE.read_text())
+    write_winner(path, Group("flash_forward", 128), 100, {"BLOCK_M": 256})
+    found, old = json.loads(path.read_text()), json.loads(TABLE.read_text())
+    entry = found["flash_forward"].pop("100")
+    assert found == old
+    assert entry == old["flash_forward"]["90"] | {"128": {"BLOCK_M": 256}}
+
+
+class Timed:
+    """In the place of a worker: candidates whose processes die, and the times of the others."""
+
+    def __init__(self, deadly: set[int], late: float = 0.0) -> None:
+        self.deadly, self.late = deadly, late
+        self.started = 0
+
+    def run(self, job: Job) -> Iterator[dict[str, Any]]:
+        self.started += 1
+        for number, config in enumerate(job.configs):
+            yield {"number": number}
+            if config["BLOCK_M"] in self.deadly:
+                raise JobDied("said nothing for 60 seconds")
+            time.sleep(self.late)
+            yield {"number": number, "causal": {"ms": 1.0}, "packed": {"ms": config["BLOCK_M"]}}
+
+
+def rows_of(worker: Timed, until: float = float("inf")) -> list[dict[str, Any]]:
+    configs = [{"BLOCK_M": n} for n in (5, 3, 7, 2)]
+    return time_group(worker, Job(Group("flash_forward", 64), 90, configs[0], configs), until)  # type: ignore[arg-type]
+
+
+def test_candidates_behind_a_deadly_one_are_timed() -> None:
+    worker = Timed({3, 7})
+    rows = rows_of(worker)
+    assert [score(row) for row in rows] == [6.0, float("inf"), float("inf"), 3.0]
+    assert rows[1]["dropped"] == "said nothing for 60 seconds"
+    assert worker.started == 3
+
+
+def test_candidates_without_time_are_said_to_be() -> None:
+    rows = rows_of(Timed(set(), late=0.05), time.time() + 0.02)
+    assert [row.get("dropped") for row in rows] == [None, *["no time was left"] * 3]
+
+
+def test_without_a_gpu_there_is_only_a_ranking() -> None:
+    with pytest.raises(typer.BadParameter, match="--rank-only"):
+        tune.main(None, None, False, None, None, 1, None, Path("unused"), Path("unused"))
