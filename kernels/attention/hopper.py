@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from megaflow.kernels.attention.flash import flash
+from megaflow.kernels.attention.flash import Passes, attend, flash
 from megaflow.kernels.attention.hopper_backward import hopper_backward
 from megaflow.kernels.attention.hopper_forward import hopper_forward
 from megaflow.kernels.attention.hopper_gluon import DTYPES, HEAD_DIMS, gluon, suits
@@ -19,25 +17,6 @@ GLUON = [["3", "6"], ["3", "7"], ["3", "8"]]
 """Versions of Triton that the kernels were compiled with; Gluon is experimental, and 3.9 has other names in it."""
 
 
-class _Hopper(torch.autograd.Function):
-    """Keeps its inputs, its output and a number per query and head."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
-        ctx.heads, ctx.segments = heads, segments
-        out, lse = hopper_forward(segments, *unpack(heads, *tensors))
-        ctx.save_for_backward(out, lse, *tensors)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        out, lse, *tensors = ctx.saved_tensors
-        results = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors]
-        inputs, outputs = unpack(ctx.heads, *tensors), unpack(ctx.heads, *results)
-        hopper_backward(ctx.segments, *inputs, out, lse, grads[0].contiguous(), outputs)
-        return None, None, *results
-
-
 def hopper(heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
     """`flash` by kernels for Hopper GPUs, with the same results up to rounding; the backward pass is deterministic.
 
@@ -47,7 +26,7 @@ def hopper(heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
     """
     if not suits(*unpack(heads, *tensors)):
         return flash(heads, segments, *tensors)
-    return _Hopper.apply(heads, segments, *tensors)
+    return attend(Passes(hopper_forward, hopper_backward), heads, segments, *tensors)
 
 
 def hopper_missing(situation: Situation) -> str | None:

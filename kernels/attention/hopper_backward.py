@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from megaflow.kernels.attention.flash_backward import ROWS, delta_kernel
 from megaflow.kernels.attention.flash_forward import LOG2_E
 from megaflow.kernels.attention.hopper_backward_keys import keys_kernel
 from megaflow.kernels.attention.hopper_backward_queries import queries_kernel
@@ -19,25 +17,17 @@ def hopper_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """`flash_backward` for tensors that `suits` accepts."""
     grad_q, grad_k, grad_v = grads
-    seq_q, sequences, heads, head_dim = q.shape
+    seq_q, _, heads, head_dim = q.shape
     group = heads // k.shape[2]
-    delta = torch.empty_like(lse)
-    delta_kernel[(-(-out.numel() // head_dim // ROWS),)](
-        *(out, grad_out, delta, segments.queries, heads, sequences, seq_q),
-        D=head_dim,
-        BLOCK_D=head_dim,
-        ROWS=ROWS,
-        num_warps=4,
-    )
     sizes = segments.queries, segments.keys, seq_q, k.shape[0]
-    strides = q.stride()[1:3], k.stride()[1:3], out.stride()[1:3]
+    strides = q.stride()[1:3], k.stride()[1:3], grad_out.stride()[1:3]
     scales = head_dim**-0.5, LOG2_E * head_dim**-0.5
     options = tuned("hopper_backward_keys", head_dim, q.dtype)
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
