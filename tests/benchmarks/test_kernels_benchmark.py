@@ -13,13 +13,14 @@ import torch
 
 from benchmarks import kernels as benchmark
 from benchmarks import kernels_floors as floors
-from benchmarks.kernels import REHEARSAL, Job, Sizes, Spec, measure, measure_all, specs
+from benchmarks.kernels import Job, measure, measure_all
 from benchmarks.kernels_attention import packed_documents, whole_sequences
 from benchmarks.kernels_floors import Ceilings, Work
 from benchmarks.kernels_ops import rms_norm
 from benchmarks.kernels_problem import OURS, Contender, Problem, Run, distance, same
 from benchmarks.kernels_report import draw, lines_of, markdown
-from benchmarks.kernels_timing import HostTimer, Times
+from benchmarks.kernels_specs import REHEARSAL, Sizes, Spec, specs
+from benchmarks.kernels_timing import FEWEST, GpuTimer, HostTimer, Times
 from benchmarks.worker import JobDied
 
 H200 = Ceilings(4.3, 790.0)
@@ -180,6 +181,40 @@ def test_what_a_call_overwrites_is_made_anew_before_every_run() -> None:
     assert Times.of([1.0, 2.0, 3.0]).ms == 2.0
 
 
+class Stream:
+    """The order in which a GPU would do things, and its clock."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now = 0.0
+
+    def event(self, enable_timing: bool) -> Any:
+        stream, event = self, type("Event", (), {})()
+        event.record = lambda: (setattr(event, "time", stream.now), stream.log.append("event"))
+        event.elapsed_time = lambda end: end.time - event.time
+        return event
+
+
+def test_a_gpu_s_events_stand_around_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+
+    def does(name: str, ms: float) -> Callable[..., None]:
+        def call(*_: Any) -> None:
+            stream.now += ms
+            stream.log.append(name)
+
+        return call
+
+    timer = GpuTimer.__new__(GpuTimer)
+    timer.buffer = type("Buffer", (), {"max": does("flush", 0.1)})()
+    for name, value in {"Event": stream.event, "_sleep": does("sleep", 1.0), "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    times = timer.measure(does("call", 0.25), does("prepare", 5.0), 0.0)
+    assert (times.ms, times.runs) == (pytest.approx(0.25), FEWEST)
+    assert stream.log[:6] == ["prepare", "call"] * 3  # warm-up
+    assert stream.log[6:] == ["prepare", "sleep", "flush", "event", "call", "event"] * FEWEST
+
+
 def test_distance_sees_numbers_that_are_none() -> None:
     assert distance(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
     assert distance(torch.zeros(2), torch.zeros(2)) == 0.0
@@ -192,7 +227,7 @@ def test_a_problem_whose_process_dies_goes_on_with_the_next_contender(monkeypatc
         def __init__(self, *_: Any) -> None: ...
         def close(self) -> None: ...
 
-        def run(self, job: Any) -> Iterator[dict[str, Any]]:
+        def run(self, job: Any, stop: float = 0.0) -> Iterator[dict[str, Any]]:
             if job == "ceilings":
                 yield {"ceilings": {}}
                 return

@@ -8,18 +8,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
+from triton.runtime.interpreter import InterpretedFunction
 
-from benchmarks import tune
+from benchmarks import tune, tune_timing
+from benchmarks.sanitize import kernels
 from benchmarks.tune import format_table, groups, read_ranking, score, write_winner
 from benchmarks.tune_candidates import CHOICES, Outcome, candidates, current, is_kernel
-from benchmarks.tune_timing import Group, Job, time_group
+from benchmarks.tune_timing import Group, Job, time_group, time_job
 from benchmarks.worker import JobDied
-from megaflow.kernels.attention import flash_backward, flash_forward
+from megaflow.kernels.attention import Segments
 from megaflow.kernels.tuned import TABLE, table
+from tests.kernels.interpreter import interpreted
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,12 +48,14 @@ def test_every_kernel_of_the_table_is_tuned_for_its_head_sizes() -> None:
         groups(["flash"], None, 90)
 
 
-def test_kernels_are_told_from_each_other() -> None:
-    assert is_kernel(flash_forward.forward_kernel.fn, "flash_forward")
-    assert not is_kernel(flash_forward.forward_kernel.fn, "hopper_forward")
-    assert is_kernel(flash_backward.keys_kernel.fn, "flash_backward_keys")
-    assert not is_kernel(flash_backward.keys_kernel.fn, "flash_backward_queries")
-    assert not is_kernel(flash_backward.delta_kernel.fn, "flash_backward_keys")
+def test_each_name_in_the_table_is_one_kernel() -> None:
+    found = {}
+    for place in kernels(gluon=True):
+        module, name = place.split(".")
+        function = SimpleNamespace(__module__=f"megaflow.kernels.attention.{module}", __name__=name)
+        found |= {(kernel, place): None for kernel in table() if is_kernel(function, kernel)}
+    assert [kernel for kernel, _ in sorted(found)] == sorted(table())
+    assert ("flash_forward", "flash_forward.forward_kernel") in found
 
 
 DRY_RUN = """
@@ -137,6 +144,47 @@ def test_candidates_behind_a_deadly_one_are_timed() -> None:
 def test_candidates_without_time_are_said_to_be() -> None:
     rows = rows_of(Timed(set(), late=0.05), time.time() + 0.02)
     assert [row.get("dropped") for row in rows] == [None, *["no time was left"] * 3]
+
+
+class Event:
+    """A GPU's event without a GPU."""
+
+    def __init__(self, enable_timing: bool) -> None: ...
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.mark.parametrize("kernel", ["flash_forward", "flash_backward_keys"])
+def test_timing_rehearsed_in_the_interpreter(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [40, 24]
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    segments = Segments.documents(edges, max(lengths), sum(lengths))
+    x, grad = torch.randn(64, 1, 3, 64).requires_grad_(), torch.randn(64, 1, 1, 64)
+    monkeypatch.setattr(tune_timing, "inputs", lambda head_dim, packed: (segments, x, grad))
+    monkeypatch.setattr(tune_timing, "timer", lambda: SimpleNamespace(buffer=torch.zeros(1)))
+    monkeypatch.setattr(tune_timing, "WIDTH", 64)
+    monkeypatch.setattr(tune_timing, "RUNS", 3)
+    monkeypatch.setattr(tune_timing, "JITFunction", InterpretedFunction)
+    for name, value in {"Event": Event, "_sleep": lambda cycles: None, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    before = json.dumps(table())
+    monkeypatch.setattr(tune_timing, "use", lambda *given: table()[kernel]["80"].update(fp32=given[-1]))
+    present = table()[kernel]["80"]["fp32"]
+    other = {**present, "BLOCK_M": 16}
+    with interpreted():
+        messages = list(time_job(Job(Group(kernel, 64), 80, present, [present, other, {"BLOCK_M": 16}])))
+    table()[kernel]["80"]["fp32"] = present
+    assert json.dumps(table()) == before
+    assert [message["number"] for message in messages] == [0, 0, 1, 1, 2, 2]
+    assert "dropped" in messages[-1]  # a configuration that lacks what the kernel needs
+    for message in messages[1:4:2]:
+        assert message["packed"]["ms"] > 0
+        assert message["causal"]["runs"] == 3
+    assert InterpretedFunction.run.__name__ == "run"  # as it was
 
 
 def test_without_a_gpu_there_is_only_a_ranking() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -45,7 +46,10 @@ def test_an_error_is_told_in_one_line(worker: Worker) -> None:
 def test_silence_is_ended(worker: Worker) -> None:
     assert collect(worker, "a")[1] is None  # the process is there
     worker.patience = 0.2
-    assert collect(worker, "hang") == (["began hang"], "said nothing for 0 seconds")
+    assert collect(worker, "hang") == (["began hang"], "said nothing for 0 s")
+    assert collect(worker, "a")[1] is None
+    with pytest.raises(JobDied, match="no time was left"):
+        list(worker.run("hang", time.time() + 0.1))
 
 
 def test_inline_jobs_run_here() -> None:
