@@ -108,11 +108,13 @@ def assemble(parts: dict[str, dict[str, int]], out: Path, device: dict[str, Any]
     tests = count_tests(out / "gpu-tests.xml", device["gpus"])
     failed = {name: f"exit status {part['status']}" for name, part in parts.items() if part["status"]}
     if "tests" in parts:
-        # pytest also fails for files that are left out; a run that was stopped has written nothing
-        stopped = parts["tests"]["status"] in (124, 137)
-        failed.pop("tests", None)
-        if tests["wrong"] or stopped:
+        status = parts["tests"]["status"]
+        if status in (124, 137):
             failed["tests"] = tests["wrong"] or "stopped at its time limit"
+        elif tests["wrong"]:
+            failed["tests"] = tests["wrong"]
+        elif status == 1:  # pytest also fails for files that are left out
+            failed.pop("tests")
     for name in ("build", "prepare", "tests", "sanitize", "train", "kernels"):
         if name not in parts:
             failed[name] = "did not run"

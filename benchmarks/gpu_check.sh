@@ -36,11 +36,13 @@ cleanup() {
 }
 trap cleanup EXIT
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD PYTHONUNBUFFERED=1
+# results of an earlier check are none of this one's
+rm -f "$out"/{gpu_check,train,sanitize,kernels}.json "$out"/{gpu-tests.xml,kernels.md,kernels.png}
 : >"$out/gpu_check.log"
 
 # part NAME LIMIT COMMAND...: runs it, notes exit status and seconds, and keeps what it printed
 part() {
-  local name=$1 limit=$2 start status=0 left
+  local name=$1 limit=$2 signal=TERM start status=0 left
   start=$(date +%s)
   left=$((in_all - (start - begin)))
   shift 2
@@ -50,7 +52,8 @@ part() {
     return
   fi
   [ "$limit" -le "$left" ] || limit=$left
-  timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1 || status=$?
+  [ "$name" != tests ] || signal=INT # at which pytest writes its results
+  timeout --signal="$signal" --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1 || status=$?
   local end
   end=$(date +%s)
   printf '%s\t%s\t%s\n' "$name" "$status" $((end - start)) >>"$work/parts.tsv"
@@ -103,7 +106,7 @@ tests() {
   cores=$(nproc)
   mapfile -t files < <(grep -rlE 'mark\.gpu\b|\bplace: Place\b' tests --include='test_*.py' | sort)
   if [ "$gpus" -gt 0 ] && "$python" -c 'import xdist' 2>/dev/null; then options=(-n "$((cores * 3 / 4 + 1))"); fi
-  "$python" -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors --junitxml "$out/gpu-tests.xml" \
+  env --default-signal=INT "$python" -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors --junitxml "$out/gpu-tests.xml" \
     "${options[@]}" "${files[@]}"
 }
 

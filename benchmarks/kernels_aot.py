@@ -114,8 +114,10 @@ CASES: dict[str, Callable[[], None]] = {
     "attention, 128": partial(attention, 128),
     "attention, 128, 8 share": partial(attention, 128, group=8),
     "attention, 80": partial(attention, 80),
+    "attention, 192": partial(attention, 192),
     "attention, 256": partial(attention, 256),
     "attention, fp32": partial(attention, 128, dtype=torch.float32),
+    "attention, 256, fp32": partial(attention, 256, dtype=torch.float32),
 }
 HOPPER: dict[str, Callable[[], None]] = {
     "attention, 128, odd length": partial(attention, 128, seq_length=4095),

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -229,14 +230,14 @@ def verdict(code: int | None, text: str, limit: float) -> dict[str, Any]:
     """From the exit code (None: it was stopped) and the output of a tool."""
     if code == 0 and "every kernel ran" in text:
         return {"status": "passed"}
-    refusal = next((line.strip() for line in text.splitlines() if any(sign in line for sign in REFUSALS)), None)
-    if refusal is not None:
-        return {"status": "skipped", "reason": refusal}
-    if code is None:
+    said = [line.strip() for line in text.splitlines() if line.startswith("=========")]  # by the tool
+    found = [line for line in said if re.search("Invalid|Race|hazard|Misaligned", line, re.IGNORECASE)]
+    refusals = [line for line in said if any(sign in line for sign in REFUSALS)]
+    if refusals and not found:
+        return {"status": "skipped", "reason": refusals[0]}
+    if code is None and not found:
         return {"status": "failed", "reason": f"did not end in {limit:.0f} seconds"}
-    found = [line.strip() for line in text.splitlines() if "=========" in line and "ERROR SUMMARY" not in line]
-    reason = next((line for line in found if "Invalid" in line or "Race" in line or "hazard" in line.lower()), "")
-    return {"status": "failed", "reason": reason or f"exit code {code}"}
+    return {"status": "failed", "reason": found[0] if found else f"exit code {code}"}
 
 
 def main(

@@ -25,6 +25,9 @@ LIBRARY_PATH = Path(__file__).with_name("_optimizer.so")
 APEX_CHUNK = 65536
 """Elements of a block of apex's kernels, as in its `multi_tensor_applier`."""
 
+PIECE = 2**24
+"""Numbers that are split or joined at a time: on a GPU they take memory that nobody planned for."""
+
 WIDE = (torch.float32, torch.bfloat16)
 
 

@@ -18,6 +18,8 @@ class Situation:
     """Of activations and parameters."""
     head_dim: int | None = None
     """Channels of an attention head, where it is known."""
+    seq_length: int | None = None
+    """Tokens of a sequence on one rank, where it is known."""
     whole_documents: bool = True
     """Whether all of a document's tokens are on one rank."""
     grads: torch.dtype = torch.float32

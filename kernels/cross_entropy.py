@@ -58,7 +58,7 @@ class Loss(NamedTuple):
 
 
 def reference(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, objective: Objective, gradient: bool) -> Loss:
-    """Losses of logits `[T, V_local]` for labels `[T]`, integer ids of the whole vocabulary.
+    """Losses of logits `[T, V_local]` for labels `[T]`, integer ids of the whole vocabulary below its size, or -100.
 
     gradient: overwrite the logits by that of the sum of the objective.
     """
@@ -184,6 +184,8 @@ def loss_kernel(
     target = label - start
     maximum, exponentials, total = row_statistics(logits, width, SUM, BLOCK)
     at_target = tl.load(logits + target, mask=(target >= 0) & (target < width), other=0.0).to(tl.float32)
+    if GRADIENT:
+        tl.debug_barrier()  # every warp has read the label's logit before one of them writes over it
     log_sum = maximum + tl.log2(exponentials) * 0.6931471805599453
     nats = log_sum - at_target
     tl.store(loss + row, nats * weight)

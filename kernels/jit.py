@@ -16,9 +16,6 @@ except ImportError:
 
 __all__ = ["arch", "jit", "needs_triton", "next_power_of_2", "programs", "tl", "triton"]
 
-WIDE = 8 * 1024
-"""Numbers of a row that eight warps hold well."""
-
 
 def jit(function: Any) -> Any:
     """`triton.jit`; where there is no Triton the function itself, which nothing calls."""

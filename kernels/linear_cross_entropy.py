@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = (enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(rows) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        ctx.pending, ctx.grad_x, ctx.grad_weight = None, None, grad_weight
+        ctx.pending, ctx.grad_x, ctx.grad_weight, ctx.handed_out = None, None, grad_weight, False
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         losses = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         size = block_size(len(weight), x.element_size(), x.device.type)
@@ -102,6 +102,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.handed_out:
+            raise RuntimeError("the loss's gradients were handed out: there is no second backward pass through it")
+        ctx.handed_out = True
         grad_x = ctx.grad_x if ctx.pending is None else ctx.pending.wait()
         grad_x, grad_weight = (
             None if grad is None else ctx.scale(grad, grads[0]) for grad in (grad_x, ctx.grad_weight)

@@ -19,7 +19,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 def reference_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (x itself without delta), its normalisation, and fp32 `1 / sqrt(mean + eps)` of every row."""
     total = x if delta is None else x + delta
-    out, rstd = torch.empty_like(total), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    out = torch.empty_like(total, memory_format=torch.contiguous_format)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows, results, scales = total.flatten(0, -2), out.view(-1, x.shape[-1]), rstd.view(-1)
     for block in row_blocks(rows):
         wide = rows[block].float()
@@ -32,7 +33,7 @@ def reference_backward(
     grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum, that of the residual stream `grad_total` included, and of the weight."""
-    grad_x = torch.empty_like(total)
+    grad_x = torch.empty_like(total, memory_format=torch.contiguous_format)
     sums = torch.zeros(total.shape[-1], dtype=torch.float32, device=total.device)
     rows, grads, results, scales = (x.flatten(0, -2) for x in (total, grad_out, grad_x, rstd[..., None]))
     added = None if grad_total is None else grad_total.flatten(0, -2)
@@ -55,18 +56,17 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < columns if MASK else None
+    other = 0.0 if MASK else None
     start = row * columns
-    value = tl.load(x + start + column, mask=mask).to(tl.float32)
+    value = tl.load(x + start + column, mask=mask, other=other).to(tl.float32)
     if ADD:
-        value += tl.load(delta + start + column, mask=mask).to(tl.float32)
+        value += tl.load(delta + start + column, mask=mask, other=other).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + start + column, rounded, mask=mask)
         value = rounded.to(tl.float32)
-    if MASK:
-        value = tl.where(mask, value, 0.0)
     scale = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
     tl.store(rstd + row, scale)
-    result = value * scale * tl.load(weight + column, mask=mask).to(tl.float32)
+    result = value * scale * tl.load(weight + column, mask=mask, other=other).to(tl.float32)
     tl.store(out + start + column, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -88,14 +88,13 @@ def backward_kernel(
     """Rows in turns; `grad_weight [programs, columns]` gets this program's sum, fp32. ADD: there is a grad_total."""
     column = tl.arange(0, BLOCK)
     mask = column < columns if MASK else None
-    scale_out = tl.load(weight + column, mask=mask).to(tl.float32)
+    other = 0.0 if MASK else None
+    scale_out = tl.load(weight + column, mask=mask, other=other).to(tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     start = tl.program_id(0).to(tl.int64) * columns
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        normed = tl.load(total + start + column, mask=mask).to(tl.float32)
-        grad = tl.load(grad_out + start + column, mask=mask).to(tl.float32)
-        if MASK:
-            normed, grad = tl.where(mask, normed, 0.0), tl.where(mask, grad, 0.0)
+        normed = tl.load(total + start + column, mask=mask, other=other).to(tl.float32)
+        grad = tl.load(grad_out + start + column, mask=mask, other=other).to(tl.float32)
         scale = tl.load(rstd + row)
         normed *= scale
         sums += grad * normed
@@ -103,7 +102,7 @@ def backward_kernel(
         along = tl.sum(grad * normed, 0) / columns
         grad = (grad - normed * along) * scale
         if ADD:
-            grad += tl.load(grad_total + start + column, mask=mask).to(tl.float32)
+            grad += tl.load(grad_total + start + column, mask=mask, other=other).to(tl.float32)
         tl.store(grad_x + start + column, grad.to(grad_x.dtype.element_ty), mask=mask)
         start += tl.num_programs(0).to(tl.int64) * columns
     tl.store(grad_weight + tl.program_id(0) * columns + column, sums, mask=mask)

@@ -26,5 +26,6 @@ def tuned(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Block sizes, warps and stages of an attention kernel on the current GPU."""
     by_arch = table()[kernel]
     known = max((int(known) for known in by_arch if int(known) <= arch()), default=min(map(int, by_arch)))
-    shape = "fp32" if dtype == torch.float32 else str(max(next_power_of_2(head_dim), 64))
-    return by_arch[str(known)][shape]
+    wide = dtype == torch.float32
+    size = max(next_power_of_2(head_dim), 128 if wide else 64)
+    return by_arch[str(known)][f"fp32-{size}" if wide else str(size)]

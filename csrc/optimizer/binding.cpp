@@ -196,8 +196,8 @@ Tensor squared_norm_cpu(TensorList tensors) {
 
 #ifdef MEGAFLOW_CUDA
 
-// The current stream of a device. The function is in a library that this one must not need, and that Python has loaded
-// for itself alone.
+// The current stream of a device. torch's function for it is in libtorch_cuda, to which this library is not linked: the
+// stable ABI has no header for it. It is loaded already, but its names are not found by default.
 void* current_stream(int device) {
     using Function = AOTITorchError (*)(std::int32_t, void**);
     static const auto function = [] {

@@ -48,14 +48,14 @@ def add_queries(
         q_block = tl.load(q + (rows_q[:, None] + channel[None, :]))
         grad_block = tl.load(grad_out + (rows_o[:, None] + channel[None, :]))
     scores = tl.dot(k_block, tl.trans(q_block), input_precision=PRECISION)
-    lse_block = tl.load(lse + query, mask=query < queries if MASK else None)
+    lse_block = tl.load(lse + query, mask=query < queries if MASK else None, other=0.0 if MASK else None)
     weights = tl.exp2(scores * scale - lse_block[None, :])
     if MASK:
         visible = (query[None, :] >= begin[:, None]) & (query[None, :] < end[:, None])
         weights = tl.where(visible, weights, 0.0)
     grad_v = tl.dot(weights.to(grad_block.dtype), grad_block, grad_v, input_precision=PRECISION)
     grad_weights = tl.dot(v_block, tl.trans(grad_block), input_precision=PRECISION)
-    delta_block = tl.load(delta + query, mask=query < queries if MASK else None)
+    delta_block = tl.load(delta + query, mask=query < queries if MASK else None, other=0.0 if MASK else None)
     grad_scores = weights * (grad_weights - delta_block[None, :])
     grad_k = tl.dot(grad_scores.to(q_block.dtype), q_block, grad_k, input_precision=PRECISION)
     return grad_k, grad_v

@@ -8,7 +8,7 @@ from torch import Tensor
 from megaflow.kernels.attention.flash import Passes, attend, flash
 from megaflow.kernels.attention.hopper_backward import hopper_backward
 from megaflow.kernels.attention.hopper_forward import hopper_forward
-from megaflow.kernels.attention.hopper_gluon import DTYPES, HEAD_DIMS, gluon, suits
+from megaflow.kernels.attention.hopper_gluon import DTYPES, HEAD_DIMS, LARGEST, gluon, suits
 from megaflow.kernels.attention.segments import Segments, unpack
 from megaflow.kernels.backend import Situation
 from megaflow.kernels.jit import needs_triton, triton
@@ -41,4 +41,6 @@ def hopper_missing(situation: Situation) -> str | None:
         return "needs bf16 or fp16"
     if situation.head_dim is not None and situation.head_dim not in HEAD_DIMS:
         return "needs heads of 64 or 128 channels"
+    if situation.seq_length is not None and situation.seq_length % LARGEST:
+        return f"needs sequences whose length on a rank is a multiple of {LARGEST}"
     return None

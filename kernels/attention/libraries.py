@@ -72,7 +72,7 @@ def flash_attn(module: str, heads: int, segments: Segments, *tensors: Tensor) ->
 
 def flash_attn_missing(module: str, capability: int, situation: Situation) -> str | None:
     """What a generation of flash-attn lacks; it needs at least this compute capability, 90 for 9.0."""
-    return kernel_missing(256, capability, situation) or (None if _installed(module) else f"needs {module}")
+    return kernel_missing(256, capability, situation) or (None if installed(module) else f"needs {module}")
 
 
 def kernel_missing(largest_head: int, capability: int, situation: Situation) -> str | None:
@@ -89,7 +89,8 @@ def kernel_missing(largest_head: int, capability: int, situation: Situation) -> 
     return None
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module can be imported; of flash-attn, whether it is the generation that is looked for."""
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of the package that should have it

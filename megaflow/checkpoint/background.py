@@ -36,23 +36,24 @@ class HostCopy:
         shards = as_shards(tensors)
         blocks = [block for shard in shards.values() for _, block in shard.blocks]
         gpu = next((block.device for block in blocks if block.is_cuda), None)
-        needed = sum(map(_room, blocks))
+        sizes = [block.numel() * shard.dtype.itemsize for shard in shards.values() for _, block in shard.blocks]
+        needed = sum(map(_room, sizes))
         if self.buffer.numel() != needed:
             self.buffer = _host_memory(needed, pinned=gpu is not None)
         start, copies = 0, {}
         for name, shard in shards.items():
             copied = []
-            for offset, block in shard.blocks:
-                place = self.buffer[start : start + block.nbytes].view(block.dtype).view(block.shape)
-                place.copy_(block, non_blocking=True)
-                copied.append((offset, place))
-                start += _room(block)
+            for number, (offset, block) in enumerate(shard.blocks):
+                size = block.numel() * shard.dtype.itemsize
+                place = self.buffer[start : start + size].view(shard.dtype).view(block.shape)
+                copied.append((offset, shard.copy_block(number, place, non_blocking=True)))
+                start += _room(size)
             copies[name] = Shards(name, shard.global_shape, shard.dtype, copied)
         return copies, torch.cuda.current_stream(gpu).record_event() if gpu is not None else None
 
 
-def _room(block: torch.Tensor) -> int:
-    return -(-block.nbytes // ALIGNMENT) * ALIGNMENT
+def _room(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _host_memory(size: int, pinned: bool) -> torch.Tensor:

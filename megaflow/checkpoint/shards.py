@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megaflow.kernels.adamw import PIECE, join_master
+
 if TYPE_CHECKING:
     from megaflow.model.placement import Piece
     from megaflow.parallel.parameters import FlatRange
@@ -30,13 +32,16 @@ class Shards:
 
     Each block is (offset of the rectangle in the global tensor, a view of the storage that holds it): saving reads
     the views, loading writes through them. Blocks of one rank must not overlap; ranks may hold equal blocks
-    (replicas), which are saved once. Empty blocks are dropped.
+    (replicas), which are saved once. Empty blocks are dropped. `joined` makes shards whose blocks are put together of
+    two when they are read.
     """
 
     name: str
     global_shape: tuple[int, ...]
     dtype: torch.dtype
     blocks: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
+    remainders: list[torch.Tensor] = field(default_factory=list)
+    """Of joined shards, what the bf16 numbers of each block lack of fp32 (int16); they can be read only."""
 
     def __post_init__(self) -> None:
         self.global_shape = tuple(self.global_shape)
@@ -53,11 +58,25 @@ class Shards:
         return prod(self.global_shape) * self.dtype.itemsize
 
     def block(self, index: MetadataIndex) -> torch.Tensor:
-        """The view that starts at the index's global offset; KeyError when this rank holds none there."""
-        for offset, block in self.blocks:
+        """The block at the index's global offset: the view or, of joined shards, a copy in host memory.
+
+        KeyError when this rank holds none there.
+        """
+        for number, (offset, block) in enumerate(self.blocks):
             if torch.Size(offset) == index.offset:
-                return block
+                return self.copy_block(number, torch.empty(block.shape, dtype=self.dtype)) if self.remainders else block
         raise KeyError(f"{self.name}: no block at {index.offset}")
+
+    def copy_block(self, number: int, into: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        """Copies the block with this number in `blocks` into a contiguous tensor of its shape and returns that."""
+        _, block = self.blocks[number]
+        if not self.remainders:
+            return into.copy_(block, non_blocking=non_blocking)
+        high, low, whole = block.flatten(), self.remainders[number].flatten(), into.view(-1)
+        for start in range(0, len(whole), PIECE):
+            part = slice(start, start + PIECE)
+            whole[part].copy_(join_master(high[part], low[part]), non_blocking=non_blocking)
+        return into
 
     # The names below are the protocol torch.distributed.checkpoint looks for on values of a state dict.
 
@@ -96,6 +115,16 @@ def shards_of(
             for offset, rectangle in held:
                 shard.blocks += _overlap(piece, offset, rectangle.detach())
     return shards
+
+
+def joined(params: Mapping[str, Shards], remainders: Mapping[str, Shards]) -> dict[str, Shards]:
+    """Shards of fp32 tensors that are kept split, as `split_master` does; of both parts they are the same blocks."""
+    return {
+        name: Shards(
+            name, held.global_shape, torch.float32, held.blocks, [block for _, block in remainders[name].blocks]
+        )
+        for name, held in params.items()
+    }
 
 
 def _overlap(

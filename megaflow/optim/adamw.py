@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from megaflow.config import OptimConfig
-from megaflow.kernels.adamw import join_master, split_master
+from megaflow.kernels.adamw import PIECE, split_master
 from megaflow.parallel.gradients import GradientBuffer
 from megaflow.parallel.parameters import FlatParameters
-
-PIECE = 2**24
-"""Numbers that are joined or split at a time: on a GPU they take memory that nobody planned for."""
 
 
 class AdamW:
@@ -74,22 +71,16 @@ class AdamW:
         else:
             part.values.copy_(own)
 
-    def fp32_master(self) -> list[Tensor]:
-        """The master weights to be saved, or to be loaded into: the tensors themselves or, of split ones, a copy.
+    def master_to_load(self) -> list[Tensor]:
+        """Tensors to load fp32 master weights into: those themselves or, for split ones, as many in host memory.
 
-        A copy is in host memory, and `copy_master_to_params` takes it back.
+        `copy_master_to_params` takes them.
         """
-        if not self.split:
-            return self.master
-        copies = [torch.empty(param.shape, dtype=torch.float32) for param in self.params]
-        for copy, param, remainder in zip(copies, self.params, self.master, strict=True):
-            for part in _pieces(param):
-                copy[part] = join_master(param[part], remainder[part])
-        return copies
+        return [torch.empty(x.shape) for x in self.params] if self.split else self.master
 
     @torch.no_grad()
     def copy_master_to_params(self, master: list[Tensor] | None = None) -> None:
-        """Makes the parameters from the master weights, or from those that `fp32_master` gave; collective.
+        """Makes the parameters from the master weights, or from those that `master_to_load` gave; collective.
 
         They are rounded into bf16 parameters, and the other ranks' parts are fetched.
         """
@@ -102,10 +93,7 @@ class AdamW:
         self.parameters.gather()
 
 
-def _pieces(tensor: Tensor) -> list[slice]:
-    return [slice(start, start + PIECE) for start in range(0, len(tensor), PIECE)]
-
-
 def _split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
-    for part in _pieces(param):
+    for start in range(0, len(param), PIECE):
+        part = slice(start, start + PIECE)
         param[part], remainder[part] = split_master(master[part].to(param.device, torch.float32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +34,7 @@ def doctor(
         ("host library", native.status()),
         ("optimizer library", _optimizer_library()),
     ]
-    for name, package, purpose in OPTIONAL:
-        rows.append((name, _version(name, package, purpose)))
+    rows += _packages()
     rows.append(("", ""))
     rows += [(f"op {op}", f"{backend}: {reason}") for op, backend, reason in _backends(precision, config, overrides)]
     missing = symmetric.missing(2)
@@ -76,14 +74,6 @@ def _optimizer_library() -> str:
     return "loaded, " + ("without CUDA" if csrc_missing("adamw", torch.device("cuda")) else "with CUDA kernels")
 
 
-# distribution, import name, what it would be used for
-OPTIONAL = [
-    ("triton", "triton", "fused kernels on GPUs"),
-    ("flash-attn", "flash_attn", "attention on GPUs, optional"),
-    ("apex", "amp_C", "NVIDIA's fused optimizers, optional"),
-]
-
-
 def _gpus() -> str:
     import torch
 
@@ -95,13 +85,22 @@ def _gpus() -> str:
     return f"{count} x {properties.name}, {memory}, sm_{properties.major}{properties.minor}"
 
 
-def _version(distribution: str, package: str, purpose: str) -> str:
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        return f"not installed ({purpose})"
+def _packages() -> list[tuple[str, str]]:
+    from megaflow.kernels.attention.libraries import FLASH_ATTN, installed
+
+    distributions = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
+    rows = [("triton", "triton", "triton", "fused kernels on GPUs")]
+    for backend, module in FLASH_ATTN.items():
+        name = f"flash-attn {backend[-1]}"
+        rows.append((name, distributions[backend], module, f"attention {backend} on GPUs, optional"))
+    rows.append(("apex", "apex", "amp_C", "NVIDIA's fused optimizers, optional"))
+    return [
+        (name, _version(distribution) if installed(module) else f"not installed ({purpose})")
+        for name, distribution, module, purpose in rows
+    ]
+
+
+def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -34,6 +34,7 @@ def chosen_backends(config: Config, device: torch.device) -> list[tuple[str, str
 def _details(config: Config) -> dict[str, Any]:
     return {
         "head_dim": config.model.head_dim,
+        "seq_length": config.data.seq_length // config.parallel.cp,
         "whole_documents": config.parallel.cp == 1,
         "grads": DTYPES[config.optim.gradients],
         "masters": DTYPES[config.optim.master],

@@ -19,6 +19,7 @@ from megaflow.model.flops import flops_per_token
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.train.hardware import peak_tflops
 from megaflow.train.metrics import LOSS, LOSS_TOKENS, SEQUENCES, MetricsLog, mean_loss
+from megaflow.train.operations import chosen_backends
 from megaflow.train.state import TrainState
 from megaflow.train.step import StepOutcome
 
@@ -75,6 +76,7 @@ class Report:
             "torch": torch.__version__,
             "device": ctx.device.type,
             "layout": ctx.layout,
+            "kernels": {op: backend for op, backend, _ in chosen_backends(self.config, ctx.device)},
             "peak": {"tflops": self.speed.peak, "name": self.speed.peak_name},
         }
         self.log.write({"kind": "launch", "step": step, "time": time.time(), **launch})

@@ -245,9 +245,12 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 def _check_resumable(config: Config, began: dict[str, Any]) -> None:
     now = config.model_dump(mode="json")
     for section, names in FIXED.items():
+        fields = type(getattr(config, section)).model_fields
         for name in names.split():
             new = now[section][name]
-            old = (began.get(section) or {}).get(name, new)  # a run may be older than a key
+            # a run that is older than a key was as without it
+            default = new if fields[name].is_required() else fields[name].get_default()
+            old = (began.get(section) or {}).get(name, default)
             if old != new:
                 raise UserError(
                     f"{section}.{name}: {_short(new)} differs from {_short(old)}, which the run in {config.run_dir} "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megaflow.checkpoint.background import CheckpointSaver
-from megaflow.checkpoint.shards import Shards, shards_of
+from megaflow.checkpoint.shards import Shards, joined, shards_of
 from megaflow.checkpoint.store import CheckpointStore
 from megaflow.data.sampler.ledger import LedgerEntry
 from megaflow.data.sampler.mix import Sampler
@@ -55,15 +55,15 @@ class TrainState:
             "tokenizer_sha256": self.run.tokenizer_sha256,
             "ledger": [entry.to_json() for entry in self.run.ledger],
         }
-        saver.save(self.sampler.step, self._tensors(self.optimizer.fp32_master(), saving=True), scalars)
+        saver.save(self.sampler.step, self.tensors_to_save(), scalars)
 
     def load(self, store: CheckpointStore) -> bool:
         """Goes back to the newest sound checkpoint; False when there is none yet.
 
         Raises UserError when no checkpoint is sound, or it is of another model or another mix.
         """
-        master = self.optimizer.fp32_master()
-        manifest = store.load(self._tensors(master, saving=False))
+        master = self.optimizer.master_to_load()
+        manifest = store.load(self.tensors_to_load(master))
         if manifest is None:
             return False
         scalars = manifest.scalars
@@ -83,16 +83,26 @@ class TrainState:
         torch.set_rng_state(self.random)
         return True
 
-    def _tensors(self, master: list[torch.Tensor], saving: bool) -> dict[str, Shards | torch.Tensor]:
-        """What this rank holds, as views; the copy of a tied embedding is read and never saved."""
-        names = [name for name in self.parameters.parameters if not (saving and name == self.parameters.tied_copy)]
-        groups = {
-            "model": master,
-            "exp_avg": self.optimizer.exp_avg,
-            "exp_avg_sq": self.optimizer.exp_avg_sq,
-        }
+    def tensors_to_save(self) -> dict[str, Shards | torch.Tensor]:
+        """What this rank holds, as views; of a tied embedding one copy."""
+        names = [name for name in self.parameters.parameters if name != self.parameters.tied_copy]
+        master = self._shards("model", self.optimizer.master, names)
+        if self.optimizer.split:
+            master = joined(self._shards("model", self.optimizer.params, names), master)
+        return {**master, **self._others(names)}
+
+    def tensors_to_load(self, master: list[torch.Tensor]) -> dict[str, Shards | torch.Tensor]:
+        """What a checkpoint is read into, as views; the master weights into the given tensors."""
+        names = list(self.parameters.parameters)
+        return {**self._shards("model", master, names), **self._others(names)}
+
+    def _others(self, names: list[str]) -> dict[str, Shards | torch.Tensor]:
+        moments = {"exp_avg": self.optimizer.exp_avg, "exp_avg_sq": self.optimizer.exp_avg_sq}
         tensors: dict[str, Shards | torch.Tensor] = {"random/torch": self.random}
-        for group, own in groups.items():
-            parts = {name: self.parameters.range_of(name, own) for name in names}
-            tensors |= shards_of(self.placement, parts, group)
+        for group, own in moments.items():
+            tensors |= self._shards(group, own, names)
         return tensors
+
+    def _shards(self, group: str, own: list[torch.Tensor], names: list[str]) -> dict[str, Shards]:
+        parts = {name: self.parameters.range_of(name, own) for name in names}
+        return shards_of(self.placement, parts, group)

@@ -111,6 +111,7 @@ def test_every_part_that_is_not_good_is_named(out: Path) -> None:
         missing = {other: part for other, part in parts().items() if other != name}
         assert failed(out, missing) == {name: "did not run"}
     assert failed(out, parts(tests=1)) == {}
+    assert failed(out, parts(tests=4)) == {"tests": "exit status 4"}
     assert failed(out, parts(tests=124)) == {"tests": "stopped at its time limit"}
     suite(out / "gpu-tests.xml", SKIPPED)
     assert failed(out, parts()) == {"tests": "no test ran on the GPU"}

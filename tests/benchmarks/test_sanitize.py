@@ -47,6 +47,8 @@ def test_a_kernel_that_no_case_launches_is_named(monkeypatch: pytest.MonkeyPatch
             "skipped",
             "========= Error: Device not supported. Please",
         ),
+        (FOUND, "a kernel prints: Device not supported", "failed", f"exit code {FOUND}"),
+        (FOUND, "========= Unable to find it\n========= Invalid __shared__ read", "failed", "========= Invalid __sh"),
         (None, "attention: done", "failed", "did not end in 9 seconds"),
     ],
 )

@@ -172,12 +172,12 @@ def test_timing_rehearsed_in_the_interpreter(kernel: str, monkeypatch: pytest.Mo
     for name, value in {"Event": Event, "_sleep": lambda cycles: None, "synchronize": lambda: None}.items():
         monkeypatch.setattr(torch.cuda, name, value, raising=False)
     before = json.dumps(table())
-    monkeypatch.setattr(tune_timing, "use", lambda *given: table()[kernel]["80"].update(fp32=given[-1]))
-    present = table()[kernel]["80"]["fp32"]
+    monkeypatch.setattr(tune_timing, "use", lambda *given: table()[kernel]["80"].update({"fp32-128": given[-1]}))
+    present = table()[kernel]["80"]["fp32-128"]
     other = {**present, "BLOCK_M": 16}
     with interpreted():
         messages = list(time_job(Job(Group(kernel, 64), 80, present, [present, other, {"BLOCK_M": 16}])))
-    table()[kernel]["80"]["fp32"] = present
+    table()[kernel]["80"]["fp32-128"] = present
     assert json.dumps(table()) == before
     assert [message["number"] for message in messages] == [0, 0, 1, 1, 2, 2]
     assert "dropped" in messages[-1]  # a configuration that lacks what the kernel needs

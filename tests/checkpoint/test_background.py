@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megaflow.checkpoint import storage
+from megaflow.checkpoint import shards, storage
 from megaflow.checkpoint.background import CheckpointSaver, HostCopy
-from megaflow.checkpoint.shards import Shards
+from megaflow.checkpoint.shards import Shards, joined
 from megaflow.checkpoint.store import CheckpointStore, open_checkpoint
 from megaflow.errors import UserError
+from megaflow.kernels.adamw import split_master
 from megaflow.parallel.mesh import ParallelContext
 from tests.checkpoint.test_store import error_of, load, local, whole
 from tests.distributed import run_ranks
@@ -211,6 +212,26 @@ def test_a_copy_keeps_offsets_and_values_of_views(tmp_path: Path) -> None:
         assert torch.equal(copies[name].blocks[0][1], tensors[name])
         assert copies[name].dtype == tensors[name].dtype
     assert copies["none here"].blocks == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_split_master_weights_are_saved_whole(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, and of blocks that lie apart in memory too."""
+    monkeypatch.setattr(shards, "PIECE", 5)
+    master = torch.randn(6, 10)
+    parts = [
+        {"model/a": Shards("model/a", (6, 6), part.dtype, [((0, 0), part[:4, 3:9]), ((4, 0), part[4:, 3:9])])}
+        for part in split_master(master)
+    ]
+    saver = CheckpointSaver(CheckpointStore(tmp_path), asynchronous, lambda line: None, 60)
+    saver.save(1, joined(*parts), {})
+    for part in parts:
+        for _, block in part["model/a"].blocks:
+            block.zero_()  # as the next step would change them
+    saver.wait()
+    assert torch.equal(open_checkpoint(tmp_path).read("model/a"), master[:, 3:9])
 
 
 @pytest.mark.gpu

@@ -115,12 +115,12 @@ def check(state: TrainState, fill: bool = False) -> None:
 
 def save(state: TrainState, folder: Path, step: int = 1) -> None:
     check(state, fill=True)
-    tensors = state._tensors(state.optimizer.master, saving=True)
+    tensors = state.tensors_to_save()
     CheckpointStore(folder, state.parameters.ctx).save(step, tensors, {})
 
 
 def load(state: TrainState, folder: Path) -> None:
-    tensors = state._tensors(state.optimizer.master, saving=False)
+    tensors = state.tensors_to_load(state.optimizer.master)
     assert CheckpointStore(folder, state.parameters.ctx).load(tensors) is not None
     check(state)
     state.optimizer.copy_master_to_params()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.aot import Compiled, compile_all
+from benchmarks.aot import Compiled, compile_all, offline
 from benchmarks.kernels_aot import ARCHS, faults, read_baseline, regressions
+from megaflow.kernels import cross_entropy
+from megaflow.kernels.cross_entropy import Objective, Vocabulary
+from megaflow.kernels.tuned import table
 from tests.kernels.interpreter import interpreted, triton_ops
 
 ROOT = Path(__file__).parents[2]
 ROW = Compiled("norm.forward_kernel", 90, "4096 w8 s3", 32, 0, 32, {32: 1, 128: 6}, {128: 4}, "", 0)
 
 
-def test_no_kernel_is_worse_than_in_the_baseline(tmp_path: Path) -> None:
+def test_no_kernel_is_worse_than_in_the_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own, at once: the compiler takes a core for half a minute for each GPU."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
     command = [sys.executable, "-m", "benchmarks.kernels_aot", "--arch"]
@@ -31,8 +35,9 @@ def test_no_kernel_is_worse_than_in_the_baseline(tmp_path: Path) -> None:
             process = subprocess.Popen([*command, str(arch)], cwd=ROOT, env=environment, stdout=file, stderr=file)
             running.append(process)
     codes = [process.wait(timeout=170) for process in running]
-    for log in logs:
-        print(log.read_text())
+    with capsys.disabled():  # the table belongs in the log of every run
+        for log in logs:
+            print(f"\n{log.read_text()}")
     assert codes == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
 
 
@@ -78,5 +83,25 @@ def test_what_was_interpreted_can_be_compiled(tmp_path: Path, monkeypatch: pytes
     assert (row.kernel, row.spills) == ("norm.forward_kernel", 0)
 
 
+def test_the_labels_logit_is_read_before_any_warp_writes_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs one warp after another: only the machine code shows this order."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    logits, labels = torch.empty(8, 32000, dtype=torch.bfloat16, device="meta"), torch.empty(8, device="meta").int()
+    with offline(90) as launches:
+        cross_entropy.fused(logits, labels, Vocabulary(0, 32000), Objective(), gradient=True)
+    ((_, _, kernel),) = launches
+    accesses = re.findall(r"bar\.sync|ld\.global\.b16|st\.global\.v4", kernel.asm["ptx"])
+    label = accesses.index("ld.global.b16")
+    assert accesses[label : label + 3] == ["ld.global.b16", "bar.sync", "st.global.v4"]
+
+
 def test_the_baseline_has_both_gpus() -> None:
     assert {row["arch"] for row in read_baseline().values()} == set(ARCHS)
+
+
+def test_gpus_without_the_shared_memory_of_data_centres_take_configurations_that_fit() -> None:
+    """99 KiB of a block on sm_86, sm_89 and sm_120: the first two take those of sm_80, the third the same."""
+    assert all(row["shared"] <= 99 * 1024 for row in read_baseline().values() if row["arch"] == 80)
+    assert all(archs["120"] == archs["80"] for archs in table().values() if "80" in archs)

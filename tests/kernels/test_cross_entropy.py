@@ -28,9 +28,9 @@ def expected(logits: Tensor, labels: Tensor, objective: Objective) -> Loss:
     return Loss(aim + objective.z_loss * logits.logsumexp(-1).square() * counted, loss)
 
 
-def labels_of(rows: int, size: int) -> Tensor:
+def labels_of(rows: int, size: int, device: str) -> Tensor:
     """Some of them ignored."""
-    labels = torch.randint(size, (rows,), dtype=torch.int32)
+    labels = torch.randint(size, (rows,), dtype=torch.int32).to(device)
     labels[::3] = IGNORED
     return labels
 
@@ -40,15 +40,15 @@ def in_place(place: Place) -> Any:
 
 
 def check(place: Place, rows: int, size: int, columns: int, dtype: torch.dtype, objective: Objective) -> None:
-    logits, labels = inputs((rows, columns), dtype, place.device, 4.0).detach(), labels_of(rows, size)
+    logits, labels = inputs((rows, columns), dtype, place.device, 4.0).detach(), labels_of(rows, size, place.device)
     wide64 = wide(logits[:, :size]).requires_grad_()
     wanted = expected(wide64, labels, objective)
     (wanted_grad,) = torch.autograd.grad(wanted.objective.sum(), wide64)
 
     given, vocabulary = logits.clone(), Vocabulary(0, size)
-    alone = in_place(place)(given, labels.to(place.device), vocabulary, objective, False)
+    alone = in_place(place)(given, labels, vocabulary, objective, False)
     assert torch.equal(given, logits)
-    found = in_place(place)(given, labels.to(place.device), vocabulary, objective, True)
+    found = in_place(place)(given, labels, vocabulary, objective, True)
     for one, other, want in zip(found, alone, wanted, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
@@ -98,7 +98,7 @@ def test_more_logits_than_32_bits_can_count() -> None:
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_logits_are_finite(place: Place, scale: float) -> None:
     logits, labels = torch.randn(5, 12, device=place.device) * scale, torch.arange(5, device=place.device)
-    wanted = expected(logits.cpu().double(), labels.cpu(), Objective())
+    wanted = expected(logits.double(), labels, Objective())
     found = in_place(place)(logits, labels, Vocabulary(0, 12), Objective(), True)
     assert_close(found.loss, wanted.loss)
     assert logits.isfinite().all()
@@ -135,7 +135,7 @@ class Group:
 def test_over_shards(place: Place, size: int, objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the last ones may be padding in part or, in the third case, altogether."""
     rows, ranks, width = 7, 5, 8
-    logits, labels = torch.randn(rows, ranks * width, device=place.device) * 3, labels_of(rows, size)
+    logits, labels = torch.randn(rows, ranks * width, device=place.device) * 3, labels_of(rows, size, place.device)
     wide64 = wide(logits[:, :size]).requires_grad_()
     wanted = expected(wide64, labels, objective)
     (wanted_grad,) = torch.autograd.grad(wanted.objective.sum(), wide64)
@@ -145,7 +145,7 @@ def test_over_shards(place: Place, size: int, objective: Objective, monkeypatch:
         parts = [part.clone() for part in logits.split(width, dim=1)]
         for rank, part in enumerate(parts):
             vocabulary = Vocabulary(rank * width, size, cast(dist.ProcessGroup, group))
-            found = in_place(place)(part, labels.to(place.device), vocabulary, objective, last)
+            found = in_place(place)(part, labels, vocabulary, objective, last)
             if last:
                 for one, want in zip(found, wanted, strict=True):
                     assert_close(one, want)
@@ -167,11 +167,11 @@ def check_linear(
 ) -> None:
     objective = Objective(0.1, 1e-3)
     x, weight = inputs((rows, hidden), dtype, place.device), inputs((columns, hidden), dtype, place.device, 0.2)
-    labels = labels_of(rows, size)
+    labels = labels_of(rows, size, place.device)
     labels[0] = 3
     taken: list[Tensor] = []
     op = place.op("linear_cross_entropy")
-    total = op(x, weight, labels.to(place.device), Vocabulary(0, size), objective, taken.append)
+    total = op(x, weight, labels, Vocabulary(0, size), objective, taken.append)
     (factor * total.objective).backward()
 
     x64, weight64 = wide(x), wide(weight)
@@ -208,7 +208,7 @@ def test_autograd_has_the_gradient_of_the_weight_that_nobody_takes(place: Place)
     total = place.op("linear_cross_entropy")(x, weight, labels, Vocabulary(0, 12), Objective())
     found = torch.autograd.grad(total.objective, (x, weight))
     x64, weight64 = wide(x), wide(weight)
-    wanted = torch.autograd.grad(F.cross_entropy(x64 @ weight64.T, labels.cpu(), reduction="sum"), (x64, weight64))
+    wanted = torch.autograd.grad(F.cross_entropy(x64 @ weight64.T, labels, reduction="sum"), (x64, weight64))
     for one, want in zip(found, wanted, strict=True):
         assert_close(one, want)
     assert not total.losses.requires_grad

@@ -11,20 +11,21 @@ from tests.kernels.numerics import LIMITS, assert_close, inputs, wide
 
 def check(place: Place, tokens: torch.Tensor, rows: int, columns: int, start: int | None, dtype: torch.dtype) -> None:
     weight = inputs((rows, columns), dtype, place.device)
-    out = place.op("embedding")(tokens.to(place.device), weight, start)
+    tokens = tokens.to(place.device)
+    out = place.op("embedding")(tokens, weight, start)
     grad = torch.randn(out.shape).to(out)
     (found,) = torch.autograd.grad(out, weight, grad)
     row = tokens - (start or 0)
     here = (row >= 0) & (row < rows)
-    expected = torch.zeros(rows, columns, dtype=torch.float64)
-    expected.index_add_(0, row[here].long(), grad.detach().cpu().double()[here])
-    wanted = torch.zeros(out.shape, dtype=torch.float64)
+    expected = torch.zeros_like(weight, dtype=torch.float64)
+    expected.index_add_(0, row[here].long(), wide(grad)[here])
+    wanted = torch.zeros_like(out, dtype=torch.float64)
     wanted[here] = wide(weight).detach()[row[here].long()]
-    assert torch.equal(out.detach().cpu().double(), wanted)
+    assert torch.equal(out.detach().double(), wanted)
     if place.backend == "triton" or dtype == torch.float32:  # torch adds rounded numbers on a CPU
         assert_close(found, expected)
-    assert not found[expected.norm(dim=1).to(place.device) == 0].any()
-    (again,) = torch.autograd.grad(place.op("embedding")(tokens.to(place.device), weight, start), weight, grad)
+    assert not found[expected.norm(dim=1) == 0].any()
+    (again,) = torch.autograd.grad(place.op("embedding")(tokens, weight, start), weight, grad)
     assert torch.equal(found, again)
 
 

@@ -133,8 +133,10 @@ def test_the_plain_kernels_take_what_these_cannot(
 
 
 def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, head_dim: int | None = 128) -> str | None:
-        return hopper_missing(Situation(torch.device(device), dtype, head_dim))
+    def missing(
+        device: str = "cuda", dtype: torch.dtype = torch.bfloat16, head_dim: int | None = 128, length: int = 4096
+    ) -> str | None:
+        return hopper_missing(Situation(torch.device(device), dtype, head_dim, length))
 
     assert missing("cpu") == "needs CUDA"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -142,6 +144,7 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(head_dim=None) is None
     assert missing(dtype=torch.float32) == "needs bf16 or fp16"
     assert missing(head_dim=96) == "needs heads of 64 or 128 channels"
+    assert missing(length=4000) == "needs sequences whose length on a rank is a multiple of 128"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert missing() == "needs compute capability 9.0 exactly"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -37,7 +37,7 @@ def test_rotary(
     expected_grad = wide(grad)
     (found,) = torch.autograd.grad(out, x, grad)
 
-    x64, tables = wide(x), (cos.cpu().double(), sin.cpu().double())
+    x64, tables = wide(x), (cos.double(), sin.double())
     out64 = turned(x64, heads, *tables)
     (found64,) = torch.autograd.grad(out64, x64, expected_grad)
     assert_close(out, out64)

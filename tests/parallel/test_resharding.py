@@ -39,7 +39,7 @@ def undisturbed() -> Curve:
 def tensors(trainer: Trainer, saving: bool) -> dict[str, Shards]:
     """Master weights and moments that this rank saves or loads."""
     state = TrainState(None, trainer.placement, trainer.parameters, trainer.optimizer, None)  # type: ignore[arg-type]
-    tensors = state._tensors(state.optimizer.master, saving)
+    tensors = state.tensors_to_save() if saving else state.tensors_to_load(state.optimizer.master)
     return {name: shard for name, shard in tensors.items() if isinstance(shard, Shards)}
 
 

@@ -12,7 +12,7 @@ import torch
 from megaflow.config import OptimConfig
 from megaflow.config_parallel import ParallelConfig
 from megaflow.errors import UserError
-from megaflow.kernels.adamw import csrc_missing
+from megaflow.kernels.adamw import csrc_missing, join_master
 from megaflow.model.init import initialise
 from megaflow.optim.adamw import AdamW
 from megaflow.parallel.gradients import GradientBuffer
@@ -40,10 +40,10 @@ def test_a_split_master_is_the_fp32_master() -> None:
         for _ in range(3):
             optimizer.step(1e-2, torch.ones(()), torch.zeros(()))
     whole, split, loaded = optimizers
-    saved = split.fp32_master()
-    assert all(torch.equal(a, b) for a, b in zip(saved, whole.master, strict=True))
-    into = loaded.fp32_master()
-    for target, master in zip(into, saved, strict=True):
+    joined = [join_master(*parts) for parts in zip(split.params, split.master, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(joined, whole.master, strict=True))
+    into = loaded.master_to_load()
+    for target, master in zip(into, joined, strict=True):
         target.copy_(master)
     loaded.copy_master_to_params(into)
     for tensors in ("params", "master"):

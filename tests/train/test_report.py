@@ -18,6 +18,7 @@ from megaflow.data.loader import heldout_batches
 from megaflow.data.sources import open_heldout
 from megaflow.data.unigram import unigram_loss
 from megaflow.errors import UserError
+from megaflow.kernels.dispatch import OPERATIONS
 from megaflow.parallel.mesh import ParallelContext
 from megaflow.tools.plot import plot
 from megaflow.train.loop import train
@@ -43,6 +44,10 @@ def records(run_dir: str) -> list[dict[str, Any]]:
 def test_records_hold_ratios_losses_tokens_epochs_and_speed(make_config: Callable[..., Config]) -> None:
     config = make_config("run", train__log_interval=3, train__tensorboard=True, train__eval_interval=6)
     found = records(run(config, 2))
+    (launch,) = (record for record in found if record["kind"] == "launch")
+    assert launch["layout"]["dp"] == 2
+    assert launch["kernels"].keys() == OPERATIONS.keys()
+    assert (launch["kernels"]["attention"], launch["kernels"]["rms_norm"]) == ("sdpa", "reference")
     train_records = [record for record in found if record["kind"] == "train"]
     # every third step, and at 4 and 8 because checkpoints are saved there
     steps = [record["step"] for record in train_records]
