@@ -58,122 +58,145 @@ def dense(documents: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill_(~visible[:, None], float("-inf")).softmax(-1) @ v
 
 
+def batch_first(x: Tensor) -> Tensor:
+    """`[B, S, heads, D]` of `[S, B, heads, D]`, contiguous."""
+    return x.transpose(0, 1).contiguous()
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def swap(x: Tensor) -> Tensor:
+    """Between `[B, S, heads, D]` and `[B, heads, S, D]`."""
+    return x.transpose(1, 2)
+
+
+class Inputs:
+    """Queries, keys and values of all heads and the output's gradient; three heads of the results are checked."""
+
+    def __init__(self, model: Model, lengths: list[int], device: torch.device) -> None:
+        shape = model.seq_length, model.sequences
+        self.model, self.lengths, self.heads, self.dim = model, lengths, model.heads, model.head_dim
+        self.edges = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        self.documents = document_of(lengths, model, device)
+        self.packed = tensor(device, *shape, 3 * self.heads, self.dim)
+        self.grad = tensor(device, *shape, self.heads, self.dim)
+        self.checked = sorted({0, self.heads // 2, self.heads - 1})
+        self.apart = [batch_first(x) for x in unpack(self.heads, self.packed)]
+        self.grad_apart = batch_first(self.grad)
+
+    def expected(self) -> dict[str, list[Tensor]]:
+        """In fp64, of the checked heads."""
+        found = [swap(x)[:, self.checked].detach().double().requires_grad_() for x in self.apart]
+        out = dense(self.documents, *found)
+        grads = torch.autograd.grad(out, found, swap(self.grad_apart)[:, self.checked].double())
+        return {"forward": [swap(out.detach()).float()], "backward": [swap(x).float() for x in grads]}
+
+    def chosen(self, tensors: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The checked heads of tensors of which `view` is `[B, S, heads, D]`."""
+        return [view(x)[:, :, self.checked] for x in tensors]
+
+
+def ours(given: Inputs, name: str | None) -> dict[str, Run]:
+    """A backend of megaflow, on the packed tensor; None: the one that `dispatch` chooses."""
+    device = given.packed.device
+    function = select_ops(device, torch.bfloat16, head_dim=given.dim).attention
+    if name is not None:
+        backend = next(backend for backend in BACKENDS if backend.name == name)
+        if missing := backend.missing(Situation(device, torch.bfloat16, head_dim=given.dim)):
+            raise RuntimeError(f"it {missing}")
+        function = backend.function
+    # all layers of a model share what the segments compute
+    segments = Segments.documents(given.edges, max(given.lengths), given.model.tokens)
+    return differentiable(
+        partial(function, given.heads, segments),
+        [given.packed],
+        [given.grad],
+        outputs=lambda outs: given.chosen(outs, batch_first),
+        gradients=lambda grads: given.chosen(unpack(given.heads, grads[0]), batch_first),
+    )
+
+
+def peer(
+    given: Inputs, function: Callable[..., Any], to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> dict[str, Run]:
+    """A function of q, k and v in a layout that is a view of `[B, S, heads, D]`."""
+    inputs, results = [to(x) for x in given.apart], partial(given.chosen, view=back)
+    return differentiable(function, inputs, [to(given.grad_apart)], outputs=results, gradients=results)
+
+
+def flat_peer(given: Inputs, function: Callable[..., Any]) -> dict[str, Run]:
+    """A function of q, k and v `[T, heads, D]`."""
+    shape = given.model.sequences, given.model.seq_length
+    return peer(given, function, lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, shape))
+
+
+def sdpa(given: Inputs, backend: SDPBackend) -> dict[str, Run]:
+    """One of torch's kernels, on whole sequences."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return peer(given, run, swap, swap)
+
+
+def varlen(given: Inputs) -> dict[str, Run]:
+    """torch's flash attention over documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    edges, longest = given.edges, max(given.lengths)
+    return flat_peer(given, lambda q, k, v: varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(-1, 0)))
+
+
+def flex(given: Inputs) -> dict[str, Run]:
+    """torch's compiled attention under a block mask, whose making is not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    documents, length = given.documents, given.model.seq_length
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (documents[b, q] == documents[b, k]) & (q >= k)
+
+    mask = create_block_mask(visible, len(documents), None, length, length, device=str(documents.device))
+    function = compiled(flex_attention)
+    return peer(given, lambda q, k, v: function(q, k, v, block_mask=mask), swap, swap)
+
+
+def flash4(given: Inputs) -> dict[str, Run]:
+    """FlashAttention-4."""
+    module = importlib.import_module("flash_attn.cute")
+
+    def first(result: Any) -> Tensor:
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        return out
+
+    if len(given.lengths) == given.model.sequences:
+        return peer(given, lambda q, k, v: first(module.flash_attn_func(q, k, v, causal=True)), same, same)
+    longest = max(given.lengths)
+    sizes = {"cu_seqlens_q": given.edges, "cu_seqlens_k": given.edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return flat_peer(given, lambda q, k, v: first(module.flash_attn_varlen_func(q, k, v, causal=True, **sizes)))
+
+
 def attention(model: Model, lengths_of: Callable[[Model], list[int]], device: torch.device) -> Problem:
-    """Queries, keys and values of all heads; three heads are checked."""
-    lengths = lengths_of(model)
-    heads, dim, rows, length = model.heads, model.head_dim, model.sequences, model.seq_length
-    whole = len(lengths) == rows
-    situation = Situation(device, torch.bfloat16, head_dim=dim)
-    edges = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    documents = document_of(lengths, model, device)
-    packed = tensor(device, length, rows, 3 * heads, dim)
-    grad = tensor(device, length, rows, heads, dim)
-    checked = sorted({0, heads // 2, heads - 1})
-
-    def batch(x: Tensor) -> Tensor:
-        """`[B, S, heads, D]` of `[S, B, heads, D]`, contiguous."""
-        return x.transpose(0, 1).contiguous()
-
-    apart = [batch(x) for x in unpack(heads, packed)]
-    grad_apart = batch(grad)
-
-    def ours(name: str | None) -> dict[str, Run]:
-        backends = {backend.name: backend for backend in BACKENDS}
-        function = select_ops(device, torch.bfloat16, head_dim=dim).attention
-        if name is not None:
-            if missing := backends[name].missing(situation):
-                raise RuntimeError(f"it {missing}")
-            function = backends[name].function
-
-        segments = Segments.documents(edges, max(lengths), model.tokens)  # all layers share what it computes
-        return differentiable(
-            partial(function, heads, segments),
-            [packed],
-            [grad],
-            outputs=lambda outs: [batch(outs[0])[:, :, checked]],
-            gradients=lambda grads: [batch(x)[:, :, checked] for x in unpack(heads, grads[0])],
-        )
-
-    def chosen(tensors: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        return [view(x)[:, :, checked] for x in tensors]
-
-    def peer(function: Callable[..., Any], to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Any:
-        """A function of q, k and v in a layout that is a view of `[B, S, heads, D]`."""
-        inputs, results = [to(x) for x in apart], partial(chosen, view=back)
-        return differentiable(function, inputs, [to(grad_apart)], outputs=results, gradients=results)
-
-    def flat(x: Tensor) -> Tensor:
-        return x.flatten(0, 1)
-
-    def unflat(x: Tensor) -> Tensor:
-        return x.unflatten(0, (rows, length))
-
-    def swap(x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
-
-    def sdpa(backend: SDPBackend) -> dict[str, Run]:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return peer(run, swap, swap)
-
-    def varlen() -> dict[str, Run]:
-        from torch.nn.attention.varlen import varlen_attn
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
-            return varlen_attn(q, k, v, edges, edges, max(lengths), max(lengths), window_size=(-1, 0))
-
-        return peer(run, flat, unflat)
-
-    def flex() -> dict[str, Run]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (documents[b, q] == documents[b, k]) & (q >= k)
-
-        mask = create_block_mask(visible, rows, None, length, length, device=str(device))
-        function = compiled(flex_attention)
-        return peer(lambda q, k, v: function(q, k, v, block_mask=mask), swap, swap)
-
-    def flash4() -> dict[str, Run]:
-        module = importlib.import_module("flash_attn.cute")
-
-        def first(result: Any) -> Tensor:
-            out: Tensor = result[0] if isinstance(result, tuple) else result
-            return out
-
-        if whole:
-            return peer(lambda q, k, v: first(module.flash_attn_func(q, k, v, causal=True)), batch_of, batch_of)
-        sizes = {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": max(lengths)}
-        sizes["max_seqlen_k"] = max(lengths)
-        return peer(lambda q, k, v: first(module.flash_attn_varlen_func(q, k, v, causal=True, **sizes)), flat, unflat)
-
-    def batch_of(x: Tensor) -> Tensor:
-        return x
-
-    found = [swap(x)[:, checked].detach().double().requires_grad_() for x in apart]
-    out = dense(documents, *found)
-    grads = torch.autograd.grad(out, found, swap(grad_apart)[:, checked].double())
-    expected = {
-        "forward": [swap(out.detach()).float()],
-        "backward": [swap(x).float() for x in grads],
-    }
-    del out, grads
-    preferred = next(b.name for b in BACKENDS if b.missing(situation) is None)
-    peers = [
-        Contender("SDPA cuDNN", partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
-        Contender("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+    """Causal attention inside documents of the lengths."""
+    given = Inputs(model, lengths_of(model), device)
+    situation = Situation(device, torch.bfloat16, head_dim=model.head_dim)
+    preferred = next(backend.name for backend in BACKENDS if backend.missing(situation) is None)
+    whole = [
+        Contender("SDPA cuDNN", partial(sdpa, given, SDPBackend.CUDNN_ATTENTION)),
+        Contender("SDPA flash", partial(sdpa, given, SDPBackend.FLASH_ATTENTION)),
     ]
     return Problem(
-        expected,
+        given.expected(),
         [
-            Contender(OURS, partial(ours, None)),
-            *(Contender(f"{OURS} {name}", partial(ours, name)) for name in OWN if name != preferred),
-            *(peers if whole else []),
-            Contender("varlen_attn", varlen),
-            Contender("FlashAttention-4", flash4, slow=True),
-            Contender("flex_attention", flex, slow=True),
+            Contender(OURS, partial(ours, given, None)),
+            *(Contender(f"{OURS} {name}", partial(ours, given, name)) for name in OWN if name != preferred),
+            *(whole if len(given.lengths) == model.sequences else []),
+            Contender("varlen_attn", partial(varlen, given)),
+            Contender("FlashAttention-4", partial(flash4, given), slow=True),
+            Contender("flex_attention", partial(flex, given), slow=True),
         ],
-        meta={"documents": len(lengths), "longest": max(lengths)},
+        meta={"documents": len(given.lengths), "longest": max(given.lengths)},
     )

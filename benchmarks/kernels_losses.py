@@ -141,6 +141,21 @@ def shard_cross_entropy(tokens: int, columns: int, shards: int, device: torch.de
     )
 
 
+def expected_of(x: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    """The summed loss and the gradients of input and weight, from products in fp64, `PIECE` tokens at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    grad_x, wide = torch.empty_like(x, dtype=torch.float32), weight.double()
+    grad_weight = torch.zeros_like(wide)
+    for start in range(0, len(x), PIECE):
+        rows = slice(start, start + PIECE)
+        block = x[rows].double()
+        loss, grad = softmax_minus_target(block @ wide.T, labels[rows])
+        total += loss.sum()
+        grad_x[rows] = grad @ wide
+        grad_weight.addmm_(grad.T, block)
+    return [total, grad_x, grad_weight.float()]
+
+
 def linear_cross_entropy(model: Model, vocabulary: int, device: torch.device) -> Problem:
     """Input `[T, H]`, weight `[V, H]`: the summed loss, and the gradients of both."""
     x, weight = tensor(device, model.tokens, model.hidden), tensor(device, vocabulary, model.hidden, scale=0.02)
@@ -183,18 +198,8 @@ def linear_cross_entropy(model: Model, vocabulary: int, device: torch.device) ->
     def eager(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return plain(x @ weight.T, labels)
 
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    grad_x, wide = torch.empty_like(x, dtype=torch.float32), weight.double()
-    grad_weight = torch.zeros_like(wide)
-    for start in range(0, model.tokens, PIECE):
-        rows = slice(start, start + PIECE)
-        block = x[rows].double()
-        loss, grad = softmax_minus_target(block @ wide.T, labels[rows])
-        total += loss.sum()
-        grad_x[rows] = grad @ wide
-        grad_weight.addmm_(grad.T, block)
     return Problem(
-        {"forward + backward": [total, grad_x, grad_weight.float()]},
+        {"forward + backward": expected_of(x, weight, labels)},
         [
             Contender(OURS, ours),
             Contender("Liger", lambda: by_liger(None)),

@@ -1,5 +1,5 @@
-// Registers the optimizer's operations with torch, on its stable ABI: one library serves every torch from 2.10 on and
-// every Python. All arguments are checked here, each error is one line.
+// Registers the optimizer's operations with torch, on its stable ABI: one library serves every torch that the
+// package takes and every Python. All arguments are checked here, each error is one line.
 
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 

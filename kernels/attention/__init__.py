@@ -33,8 +33,8 @@ BACKENDS = (
     Backend("hopper", hopper, hopper_missing),
     Backend("varlen", libraries.varlen, partial(libraries.kernel_missing, 256, 80)),
     *(Backend(name, *rest) for name, rest in libraries.FLASH_ATTN_BACKENDS.items()),
-    Backend("sdpa_cudnn", libraries.sdpa_cudnn, libraries.sdpa_missing),
-    Backend("sdpa_flash", libraries.sdpa_flash, libraries.sdpa_missing),
+    Backend("sdpa_cudnn", libraries.sdpa_cudnn, partial(libraries.sdpa_missing, 128)),
+    Backend("sdpa_flash", libraries.sdpa_flash, partial(libraries.sdpa_missing, 256)),
     Backend("sdpa", sdpa),
     Backend("reference", reference),
 )

@@ -36,21 +36,22 @@ def varlen(heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
     return restore(out, tensors[0])
 
 
-def forced_sdpa(backend: SDPBackend, heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
-    """`sdpa` by one of torch's kernels; left to itself it takes FlashAttention-2 on every GPU."""
-    with sdpa_kernel(backend):
+def forced_sdpa(backends: list[SDPBackend], heads: int, segments: Segments, *tensors: Tensor) -> Tensor:
+    """`sdpa` by the first of torch's kernels that can; left to itself it takes FlashAttention-2 on every GPU."""
+    with sdpa_kernel(backends, set_priority=True):
         return sdpa(heads, segments, *tensors)
 
 
-sdpa_cudnn = partial(forced_sdpa, SDPBackend.CUDNN_ATTENTION)
-sdpa_flash = partial(forced_sdpa, SDPBackend.FLASH_ATTENTION)
+# cuDNN takes no documents of a single token
+sdpa_cudnn = partial(forced_sdpa, [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+sdpa_flash = partial(forced_sdpa, [SDPBackend.FLASH_ATTENTION])
 
 
-def sdpa_missing(situation: Situation) -> str | None:
+def sdpa_missing(largest_head: int, situation: Situation) -> str | None:
     """What torch's kernels lack."""
     if not situation.whole_documents:
         return "needs whole documents on a rank"  # the mask for their ends is not among those it knows
-    return kernel_missing(256, 80, situation)
+    return kernel_missing(largest_head, 80, situation)
 
 
 def flash_attn(module: str, heads: int, segments: Segments, *tensors: Tensor) -> Tensor:

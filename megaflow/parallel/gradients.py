@@ -16,7 +16,7 @@ from megaflow.parallel.parameters import Bucket, FlatParameters
 from megaflow.parallel.regions import Pending
 
 CASTS_HELD = 2
-"""bf16 copies of buckets that may be under way at a time: they are memory that nobody planned for."""
+"""Copies of buckets, in another dtype than that of the sums, that may be under way at a time: each takes memory."""
 
 
 class _Reduction(NamedTuple):

@@ -17,7 +17,7 @@ RESERVED = 4 * 2**30
 MESSAGES = 3
 """Of a pipeline rank with each neighbour: two that leave, one that comes."""
 CASTS = 2
-"""bf16 copies of gradient buckets under way at once, where gradients are reduced in bf16."""
+"""Copies of gradient buckets under way at once, where gradients are reduced in another dtype than summed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RankMemory:
     """Beside all these at the widest moment: in the loss or in a layer's backward pass, with what is computed again,
     gradients of activations and the gradient of a weight."""
     buckets: int
-    """bf16 copies of gradients on their way."""
+    """Copies of gradients on their way in another dtype than that of the sums."""
 
     @property
     def state(self) -> int:
@@ -146,7 +146,7 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
     """
     shards = layout.data if layout.zero else 1
     master = 0 if job.precision == "fp32" else 2 if job.master == "remainder" else 4
-    gradient, moments = (2 if dtype == "bf16" else 4 for dtype in (job.gradients, job.moments))
+    gradient, moments, sent = (2 if x == "bf16" else 4 for x in (job.gradients, job.moments, job.grad_reduce))
     one = _activations(job, layout.tp, layout.sequence_parallel, layout.cp, layout.micro_batch, layout.recompute)
     kept = [one.of(held) for held in layout.held(job)]
     widest = _widest(job, layout, kept, one) if exact else _bounds(job, layout, kept, one)
@@ -165,7 +165,7 @@ def memory(job: Job, layout: Layout, exact: bool = True) -> list[RankMemory]:
                 loss=loss,
                 messages=MESSAGES * neighbours * one.message,
                 working=working,
-                buckets=CASTS * 2 * bucket if job.grad_reduce == "bf16" and layout.data > 1 else 0,
+                buckets=CASTS * sent * bucket if sent != gradient and layout.data > 1 else 0,
             )
         )
     return ranks

@@ -76,6 +76,12 @@ def test_cut_documents_are_not_for_every_kernel(hopper: torch.device) -> None:
         select_ops(hopper, torch.bfloat16, {"attention": "sdpa_cudnn"}, head_dim=128, whole_documents=False)
 
 
+def test_torch_s_kernels_have_limits_of_their_own(hopper: torch.device) -> None:
+    assert select_ops(hopper, torch.bfloat16, {"attention": "sdpa_flash"}, head_dim=256)
+    with pytest.raises(ValueError, match="'sdpa_cudnn': it needs heads of at most 128 channels"):
+        select_ops(hopper, torch.bfloat16, {"attention": "sdpa_cudnn"}, head_dim=256)
+
+
 def test_without_triton_there_are_torch_s_kernels(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "triton", None)
     rows = {op: (backend, reason) for op, backend, reason in describe(hopper, torch.bfloat16, head_dim=128)}
